@@ -1,0 +1,1 @@
+"""What the kernel should hold, and how it gets there: one sub-package for each proxy mode."""
