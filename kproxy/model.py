@@ -226,7 +226,7 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     families: tuple[Family, ...] = (Family.IPv4, Family.IPv6)
     ips: dict[Family, str] = {}  # primary node addresses, where known
     detectors: dict[Family, LocalDetector] = {}
-    node_port_addresses: dict[Family, tuple[str, ...] | None] = {}  # None or absent: every local address
+    node_port_addresses: dict[Family, tuple[str, ...] | None] = {}  # this node's; None or absent: every local one
     service_cidrs: dict[Family, tuple[str, ...]] = {}
     masquerade_all: bool = False
     masquerade_bit: int = 14
@@ -235,6 +235,10 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     def masquerade_mark(self) -> int:
         """The packet mark that asks for masquerading."""
         return 1 << self.masquerade_bit
+
+    def node_ip(self, family: Family) -> str:
+        """The primary node address of a family; loopback where it is not known."""
+        return self.ips.get(family) or ("127.0.0.1" if family is Family.IPv4 else "::1")
 
     def detector(self, family: Family) -> LocalDetector:
         """The family's detector; false where there is none."""

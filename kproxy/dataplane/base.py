@@ -30,12 +30,14 @@ class Change(msgspec.Struct, frozen=True):
 class ApplyError(Exception):
     """The kernel refused a change or all of them; nothing of the transaction is in force.
 
-    `culprits` are the keys the kernel complained about; empty where it did not say.
+    `culprits` are the keys the kernel complained about; empty where it did not say. `transient`: it has nothing to do
+    with what was asked (no memory, no permission, a busy object), so the same changes may go in later.
     """
 
-    def __init__(self, message: str, culprits: tuple[Key, ...] = ()) -> None:
+    def __init__(self, message: str, culprits: tuple[Key, ...] = (), *, transient: bool = False) -> None:
         super().__init__(message)
         self.culprits = culprits
+        self.transient = transient
 
 
 class UnsupportedError(Exception):

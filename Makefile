@@ -1,0 +1,31 @@
+# Each target does all of its own set-up: missing Debian packages (as root) and the virtual environment in .venv.
+
+VENV := .venv/bin
+# Namespaces need root; where we are not root, a user namespace gives it, if the system allows that.
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,unshare --user --map-root-user --net --mount)
+
+.PHONY: help setup demo test lint bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup:  ## Debian packages and .venv
+	@.ci/setup
+
+demo: setup  ## three nodes, pods and a client on this machine: what kproxy does, step by step
+	@$(AS_ROOT) $(VENV)/python -m tests.demo
+
+lint: setup  ## ruff, mypy, the layers
+	@$(VENV)/ruff check .
+	@$(VENV)/ruff format --check .
+	@$(VENV)/mypy
+	@$(VENV)/lint-imports
+
+test: setup lint  ## everything that .ci/run checks
+	@$(AS_ROOT) $(VENV)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)
+
+bench: setup  ## start, change, restart and memory at 100 to 30,000 services
+	@$(AS_ROOT) $(VENV)/python -m tests.bench $(ARGS)
+
+clean:  ## remove .venv and caches
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .coverage* .hypothesis

@@ -1,0 +1,296 @@
+"""Brings the kernel to what the cluster's state asks for: plan, diff, apply, and what to do when it is refused.
+
+Knows what is in place (as of the last success), so a sync looks only at the Services that changed. On doubt, what the
+kernel holds is read and attributed to the Services that want it; the rest of the sync is the same.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from kproxy.cluster import ClusterState
+from kproxy.dataplane.base import ApplyError, Change, Dataplane, Entries, Key, Value, diff
+from kproxy.model import NodeFacts, Route, ServiceName
+
+
+class Summary(msgspec.Struct, frozen=True, gc=False):
+    """What health checks and metrics want to know of a Service's routes."""
+
+    no_local_internal: int = 0  # service ports whose internal traffic is dropped on this node
+    no_local_external: int = 0
+    health_check_port: int = 0
+    local_ready: int = 0  # distinct addresses of ready endpoints on this node
+
+
+class SyncReport(msgspec.Struct):
+    """What a sync did."""
+
+    full: bool = False  # the kernel was read and compared with everything
+    services: list[ServiceName] = []  # whose entries are now as their objects ask
+    changes: int = 0  # entries written or removed
+    drift: int = 0  # of them, repairs of what someone else changed
+    quarantined: dict[ServiceName, str] = {}  # newly refused Services, with the reason
+
+
+class _Shared(msgspec.Struct):
+    """An entry that several Services need."""
+
+    value: Value
+    count: int
+
+
+class _Rendered(msgspec.Struct, frozen=True):
+    """What a Service shall have."""
+
+    entries: Entries
+    summary: Summary
+
+
+class _Plan(msgspec.Struct):
+    """What some Services shall have, and the changes that takes."""
+
+    wanted: dict[ServiceName, _Rendered]
+    base: Entries | None  # None: not part of the plan
+    shared: dict[Key, _Shared]  # as they will be
+    changes: list[Change]
+
+
+class Reconciler:
+    """Owns what is in the kernel. Not thread-safe: one thread syncs, and feeds `state` between syncs."""
+
+    def __init__(self, state: ClusterState, dataplane: Dataplane, facts: NodeFacts) -> None:
+        self.state = state
+        self.facts = facts
+        self.quarantine: dict[ServiceName, str] = {}
+        self.summaries: dict[ServiceName, Summary] = {}  # only those that differ from an empty one
+        self._dataplane = dataplane
+        self._dirty: set[ServiceName] = set()
+        self._in_doubt = True  # what is in place is not known for certain
+        self._settled = False  # a full comparison has succeeded once
+        self._fixed = dataplane.render_base(facts)  # what is wanted whatever the Services are
+        # What is in the kernel, by who wants it:
+        self._base: Entries = {}
+        self._orphans: Entries = {}
+        self._owned: dict[ServiceName, Entries] = {}
+        self._shared: dict[Key, _Shared] = {}
+
+    def doubt(self) -> None:
+        """Compare with the kernel at the next sync."""
+        self._in_doubt = True
+
+    def set_facts(self, facts: NodeFacts) -> None:
+        """The node is different now; what follows from it goes in with the next sync."""
+        if facts == self.facts:
+            return
+        if facts.ips != self.facts.ips:
+            self.state.mark_all_dirty()
+        self.facts = facts
+        self._fixed = self._dataplane.render_base(facts)
+
+    def retry_quarantined(self) -> None:
+        """Try the refused Services again at the next sync."""
+        self._dirty.update(self.quarantine)
+
+    @property
+    def pending(self) -> bool:
+        """Whether a sync has something to do."""
+        return self._in_doubt or bool(self._dirty or self.state.dirty) or self._base is not self._fixed
+
+    def plan(self) -> list[Change]:
+        """What a sync would change now; reads the kernel and changes nothing, here or there."""
+        trial = Reconciler(self.state, self._dataplane, self.facts)
+        rendered = trial._adopt(self._dataplane.read())
+        return trial._plan(rendered, rendered, base=True).changes
+
+    def owner(self, key: Key) -> ServiceName | None:
+        """Whose entry it is, as far as the last sync goes; None for shared, fixed and unknown ones."""
+        return next((service for service, entries in self._owned.items() if key in entries), None)
+
+    def sync(self) -> SyncReport:
+        """Bring the kernel up to date. Raises ApplyError (nothing forgotten: call again) and OSError."""
+        self._dirty |= self.state.dirty
+        self.state.dirty.clear()
+        report = SyncReport(full=self._in_doubt)
+        if not self._in_doubt:
+            try:
+                self._install(list(self._dirty), {}, report, base=True, split=False)
+            except ApplyError as error:
+                if error.transient:
+                    raise
+                self._in_doubt = True  # someone else may have changed what we rely on
+                report = SyncReport(full=True)
+            else:
+                return report
+        rendered = self._adopt(self._dataplane.read())
+        if self._settled:
+            report.drift = self._count_drift(rendered)
+        self._install(list({**rendered, **dict.fromkeys(self._dirty)}), rendered, report, base=True, split=True)
+        self._in_doubt = False
+        self._settled = True
+        return report
+
+    def _adopt(self, actual: Entries) -> dict[ServiceName, _Rendered]:
+        """Attribute what the kernel holds to whom it belongs. Returns what Services want that differs or is dirty."""
+        self._base = {key: actual.pop(key) for key in self._fixed if key in actual}
+        held = {service: self._owned[service] for service in self.quarantine if service in self._owned}
+        self._owned, self._shared = {}, {}
+        rendered = {}
+        claimed: Entries = {}  # shared entries, which more than one Service takes out of `actual`
+        for service in self.state.services():
+            wanted = self._render(service, actual)
+            if service in held and service not in self._dirty:
+                wanted = _Rendered(held[service], wanted.summary)
+            owned: Entries = {}
+            for key, value in wanted.entries.items():
+                if key in claimed:
+                    owned[key] = value
+                    self._shared[key].count += 1
+                elif key in actual:
+                    found = actual.pop(key)
+                    owned[key] = value if found == value else found
+                    if self._dataplane.is_shared(key):
+                        claimed[key] = found
+                        self._shared[key] = _Shared(found, 1)
+            if owned:
+                self._owned[service] = owned
+            if service in self._dirty or owned != wanted.entries:
+                rendered[service] = wanted
+        self._orphans = actual
+        return rendered
+
+    def _count_drift(self, rendered: Mapping[ServiceName, _Rendered]) -> int:
+        count = len(diff(self._fixed, self._base)) + len(self._orphans)
+        for service, wanted in rendered.items():
+            if service not in self._dirty:
+                count += len(diff(wanted.entries, self._owned.get(service, {})))
+        return count
+
+    def _render(self, service: ServiceName, present: Mapping[Key, Value]) -> _Rendered:
+        routes = self.state.routes(service)
+        entries: Entries = {}
+        for route in routes:
+            entries.update(self._dataplane.render_route(route, self.facts, present))
+        return _Rendered(entries, summarise(routes))
+
+    def _plan(self, services: Iterable[ServiceName], rendered: Mapping[ServiceName, _Rendered], *, base: bool) -> _Plan:
+        old: Entries = {}
+        new: Entries = {}
+        counts: defaultdict[Key, int] = defaultdict(int)
+        values: Entries = {}
+        wanted = {}
+        for service in services:
+            before = self._owned.get(service, {})
+            wanted[service] = rendered.get(service) or self._render(service, before)
+            for key, value in before.items():
+                if key in self._shared:
+                    counts[key] -= 1
+                else:
+                    old[key] = value
+            for key, value in wanted[service].entries.items():
+                if self._dataplane.is_shared(key):
+                    counts[key] += 1
+                    values[key] = value
+                else:
+                    new[key] = value
+        if base and (self._base is not self._fixed or self._orphans):
+            old |= self._base | self._orphans
+            new |= self._fixed
+        changes = diff(new, old)
+        shared = {}
+        for key, count in counts.items():
+            known = self._shared.get(key)
+            value = values.get(key, known.value if known else None)
+            shared[key] = _Shared(value, count + (known.count if known else 0))
+            if shared[key].count == 0:
+                if known:
+                    changes.append(Change(key, known.value, None))
+            elif known is None or known.value != value:
+                changes.append(Change(key, known.value if known else None, value))
+        return _Plan(wanted, self._fixed if base else None, shared, changes)
+
+    def _install(
+        self,
+        services: list[ServiceName],
+        rendered: Mapping[ServiceName, _Rendered],
+        report: SyncReport,
+        *,
+        base: bool,
+        split: bool,
+    ) -> None:
+        """Apply in one transaction. Where that is refused and `split`: in halves, until the culprit is alone."""
+        plan = self._plan(services, rendered, base=base)
+        try:
+            if plan.changes:
+                self._dataplane.apply(plan.changes)
+        except ApplyError as error:
+            if error.transient or not split:
+                raise
+            if base:
+                if not services:
+                    raise
+                self._install([], {}, report, base=True, split=True)
+                self._install(services, rendered, report, base=False, split=True)
+            elif len(services) == 1:
+                self._refuse(services[0], str(error), report)
+            else:
+                for part in self._parts(services, plan, error.culprits):
+                    self._install(part, rendered, report, base=False, split=True)
+        else:
+            report.changes += len(plan.changes)
+            report.services.extend(services)
+            self._commit(plan)
+
+    def _parts(
+        self, services: list[ServiceName], plan: _Plan, culprits: tuple[Key, ...]
+    ) -> tuple[list[ServiceName], list[ServiceName]]:
+        suspects = [s for s in services if any(key in plan.wanted[s].entries for key in culprits)]
+        if 0 < len(suspects) < len(services):
+            return [s for s in services if s not in set(suspects)], suspects
+        middle = len(services) // 2
+        return services[:middle], services[middle:]
+
+    def _refuse(self, service: ServiceName, reason: str, report: SyncReport) -> None:
+        """Leave a Service as it is in the kernel until its objects change or it is tried again."""
+        if service not in self.quarantine:
+            report.quarantined[service] = reason
+        self.quarantine[service] = reason
+        self._dirty.discard(service)
+
+    def _commit(self, plan: _Plan) -> None:
+        for service, wanted in plan.wanted.items():
+            if wanted.entries:
+                self._owned[service] = wanted.entries
+            else:
+                self._owned.pop(service, None)
+            self.quarantine.pop(service, None)
+            self._dirty.discard(service)
+            if wanted.summary == Summary():
+                self.summaries.pop(service, None)
+            else:
+                self.summaries[service] = wanted.summary
+        for key, entry in plan.shared.items():
+            if entry.count:
+                self._shared[key] = entry
+            else:
+                self._shared.pop(key, None)
+        if plan.base is not None:
+            self._base = plan.base
+            self._orphans = {}
+
+
+def summarise(routes: Iterable[Route]) -> Summary:
+    """The summary of a Service from its routes."""
+    internal = external = port = 0
+    ready: set[str] = set()
+    for route in routes:
+        service_port = route.service_port
+        if route.has_any and not route.local:
+            internal += route.service_port.internal_local
+            external += service_port.external_local and service_port.externally_accessible
+        if service_port.health_check_node_port:
+            port = service_port.health_check_node_port
+            ready.update(e.address for e in route.local if e.ready)
+    return Summary(internal, external, port, len(ready))
