@@ -14,10 +14,14 @@ from kproxy.api.objects import Kind, Object
 
 
 class Listed(msgspec.Struct, frozen=True):
-    """Everything of one kind that exists now: whatever is not in it has gone. The first one completes the kind."""
+    """A list of one kind is complete: its objects came as `Changed` just before, page by page as they were decoded.
+
+    Whatever is not named in `keys` (namespace, name) has gone. The first one completes the kind. Objects are not
+    carried here, so that a list of 30,000 is never in memory as a whole.
+    """
 
     kind: Kind
-    objects: tuple[Object, ...]
+    keys: frozenset[tuple[str, str]]
 
 
 class Changed(msgspec.Struct, frozen=True):

@@ -114,8 +114,8 @@ class ClusterState:
                 self._put(changed)
             case Deleted(_, gone):
                 self._drop(gone)
-            case Listed(kind, objects):
-                self._replace(kind, objects)
+            case Listed(kind, keys):
+                self._keep_only(kind, keys)
             case Alive() | Unavailable():
                 pass
 
@@ -147,10 +147,7 @@ class ClusterState:
             case ServiceCIDR():
                 self.facts_changed |= self._service_cidrs.pop(item.metadata.name, None) is not None
 
-    def _replace(self, kind: Kind, objects: tuple[Object, ...]) -> None:
-        for item in objects:
-            self._put(item)
-        listed = {(o.metadata.namespace, o.metadata.name) for o in objects}
+    def _keep_only(self, kind: Kind, listed: frozenset[ObjectKey]) -> None:
         match kind:
             case "Service":
                 for service in [s for s in self._services if s not in listed]:
