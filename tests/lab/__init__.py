@@ -1,0 +1,1 @@
+"""The laboratory: namespaces, packets, API stand-ins, in which kproxy meets a real kernel."""
