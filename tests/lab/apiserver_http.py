@@ -208,6 +208,7 @@ class Handler(BaseHTTPRequestHandler):
         since = self._known_version(asked) if asked not in ("", "0") else 0
         with self.server.watch_of(resource):
             events = Watch(self.server, resource, selection)
+            too_old = 0 < since <= self.store.tables[resource].compacted
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Transfer-Encoding", "chunked")
@@ -217,7 +218,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._chunk(events.initial(bookmark=streamed and bookmarks))
             else:
                 events.cursor = since
-            if since and since <= self.store.tables[resource].compacted:
+            if too_old:
                 self._chunk(events.gone())
                 self._finish()
                 return

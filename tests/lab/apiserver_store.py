@@ -11,6 +11,7 @@ import threading
 import uuid
 from bisect import bisect_left, bisect_right
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Any, NamedTuple
 
 import msgspec
@@ -286,14 +287,15 @@ class Store:
     def page(
         self, resource: Resource, selection: Selection, version: int, start: Key, limit: int
     ) -> tuple[list[bytes], Key | None, int]:
-        """Encoded objects as of a version from `start` on, the key of the next page, and how many remain."""
+        """Encoded objects as of a version from `start` on, the key of the next page, and how many follow in all."""
         with self.changed:
             everything = self.tables[resource].ordered(version)
         first = bisect_left(everything, start, key=lambda stored: stored.key)
-        chosen = [stored for stored in everything[first:] if stored in selection]
-        if not limit or len(chosen) <= limit:
-            return [stored.encoded for stored in chosen], None, 0
-        return [stored.encoded for stored in chosen[:limit]], chosen[limit].key, len(chosen) - limit
+        following = (stored for stored in islice(everything, first, None) if stored in selection)
+        chosen = list(islice(following, limit or None))
+        beyond = next(following, None)
+        remaining = 0 if beyond is None else len(everything) - first - len(chosen)
+        return [stored.encoded for stored in chosen], beyond and beyond.key, remaining
 
     def key_of(self, resource: Resource, new: Object) -> Key:
         """Identity of a given object. Raises ApiError 422 if it has no name."""
