@@ -1,0 +1,1 @@
+"""Health of the proxy as a whole, and of the Services that have a health check node port."""

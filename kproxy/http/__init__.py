@@ -1,0 +1,1 @@
+"""HTTP for everything the proxy serves itself: health, service health checks, metrics."""
