@@ -106,12 +106,12 @@ def node_port_cidrs(values: Sequence[str], ips: Mapping[Family, str]) -> dict[Fa
 
 
 def node_port_warning(values: Sequence[str], ips: Mapping[Family, str], families: Sequence[Family]) -> str:
-    """What an administrator may not expect of `nodePortAddresses` on a node that serves `families`; "" if nothing."""
+    """The families that `nodePortAddresses` leaves open on every local address, as a sentence; "" if it asks for that.
+
+    `families` are those that the node serves.
+    """
     if not values:
-        return (
-            "nodePortAddresses is not set: node ports accept connections on every local address; "
-            f"consider nodePortAddresses: [{PRIMARY}]"
-        )
+        return ""
     if list(values) == [PRIMARY]:
         named = {family for family, address in ips.items() if not is_loopback(address)}
     else:

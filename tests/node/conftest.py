@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.lab.namespaces import Namespace
 from tests.node.udp_node import UDPNode
 
 
 @pytest.fixture
-def node() -> Iterator[UDPNode]:
-    made = UDPNode()
+def node(netns: Namespace) -> Iterator[UDPNode]:
+    made = UDPNode(netns)
     yield made
     made.close()

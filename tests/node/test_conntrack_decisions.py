@@ -9,37 +9,20 @@ import pytest
 
 from kproxy.conntrack import Expectation, UDPService, socket_address
 from kproxy.model import Endpoint, Family, Frontend, Protocol
-from tests.node.recordings import conformance
+from tests.conformance import recorded
 
 NODE_IP = "192.168.7.1"
-SERVING, NOT_SERVING, GONE = "10.240.0.4", "10.240.1.5", "10.240.2.6"
 
 
 def recorded_services(case: dict[str, Any]) -> list[UDPService]:
-    """The service ports of a recorded case, as cluster state and routing would hand them over."""
-    made = []
-    for service in case["services"]:
-        name, spec = service["metadata"]["name"], service["spec"]
-        addresses = [
-            spec["clusterIP"],
-            *spec.get("externalIPs", ()),
-            *(ingress["ip"] for ingress in service.get("status", {}).get("loadBalancer", {}).get("ingress", ())),
-        ]
-        slices = [s for s in case["endpoint_slices"] if s["metadata"]["labels"]["kubernetes.io/service-name"] == name]
-        for port in spec["ports"]:
-            protocol = Protocol(port["protocol"])
-            frontends = [Frontend(Family.IPv4, address, protocol, port["port"]) for address in addresses]
-            if port.get("nodePort"):
-                frontends.append(Frontend(Family.IPv4, "", protocol, port["nodePort"]))
-            endpoints = [
-                Endpoint(e["addresses"][0], slice_port["port"], serving=e["conditions"].get("serving", True))
-                for s in slices
-                for slice_port in s["ports"]
-                if slice_port["name"] == port["name"]
-                for e in s["endpoints"]
-            ]
-            made.append(UDPService(tuple(frontends), tuple(endpoints)))
-    return made
+    """The UDP service ports of a recorded case, by way of the cluster's state."""
+    state = recorded.new_state(families=[Family.IPv4])
+    recorded.put(state, *case["services"], *case["endpoint_slices"])
+    return [
+        UDPService(tuple(frontend for _, frontend in route.frontends), tuple(state.endpoints(route.service_port)))
+        for service in state.services()
+        for route in state.routes(service)
+    ]
 
 
 def recorded_verdict(expectation: Expectation, entry: dict[str, Any]) -> str:
@@ -51,7 +34,7 @@ def recorded_verdict(expectation: Expectation, entry: dict[str, Any]) -> str:
 
 
 def test_stale_entries_of_a_service_with_endpoints_go_as_recorded():
-    case = next(c for c in conformance("conntrack.json")["clean_up"] if c["test"] == "TestCleanStaleEntries")
+    case = next(c for c in recorded.read("conntrack.json")["clean_up"] if c["test"] == "TestCleanStaleEntries")
     for node_addresses in (None, [NODE_IP]):
         expectation = Expectation(Family.IPv4, recorded_services(case), node_addresses=node_addresses)
         wrong = [e for e in case["entries"] if recorded_verdict(expectation, e) != e["expected"]]
@@ -61,14 +44,14 @@ def test_stale_entries_of_a_service_with_endpoints_go_as_recorded():
 def test_entries_of_a_service_without_endpoints_go_though_kube_proxy_kept_them():
     """Recorded: keep both. They lead to endpoints that nobody serves from, and the client hears nothing for as long
     as it keeps sending; kube-proxy's users lost DNS for hours by it. So here they go, and the client is refused."""
-    case = next(c for c in conformance("conntrack.json")["clean_up"] if c["test"] == "TestServiceWithoutEndpoints")
+    case = next(c for c in recorded.read("conntrack.json")["clean_up"] if c["test"] == "TestServiceWithoutEndpoints")
     expectation = Expectation(Family.IPv4, recorded_services(case))
     assert {e["expected"] for e in case["entries"]} == {"keep"}
     assert {recorded_verdict(expectation, e) for e in case["entries"]} == {"delete"}
 
 
 def test_among_a_million_entries_only_those_to_the_service_port_go_as_recorded():
-    (case,) = conformance("conntrack.json")["clean_up_many"]
+    (case,) = recorded.read("conntrack.json")["clean_up_many"]
     expectation = Expectation(Family.IPv4, recorded_services(case))
     assert [recorded_verdict(expectation, e) for e in case["entries"]] == [e["expected"] for e in case["entries"]]
     some = case["random_entries"]

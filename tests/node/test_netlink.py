@@ -28,7 +28,7 @@ def test_an_attribute_of_impossible_length_is_an_error_not_an_endless_loop(lengt
         attributes(struct.pack("=HH4x", length, 7))
 
 
-def test_requests_are_answered_one_by_one_however_many_there_are():
+def test_requests_are_answered_one_by_one_however_many_there_are(netns: Namespace):
     """Deletions of connections that do not exist, with one among them that makes no sense."""
     missing = Request(
         CTNETLINK_DELETE,
@@ -40,23 +40,22 @@ def test_requests_are_answered_one_by_one_however_many_there_are():
         ),
     )
     senseless = Request(CTNETLINK_DELETE, struct.pack("=BBH", socket.AF_INET, 0, 0) + nested(1))
-    with Namespace() as netns, netns.run(NetlinkSocket, NETLINK_NETFILTER) as kernel:
+    with netns.run(NetlinkSocket, NETLINK_NETFILTER) as kernel:
         codes = kernel.acknowledged([missing] * 500 + [senseless] + [missing] * 500)
     assert codes == [errno.ENOENT] * 500 + [errno.EINVAL] + [errno.ENOENT] * 500
 
 
-def test_a_listing_that_the_kernel_refuses_is_an_error():
+def test_a_listing_that_the_kernel_refuses_is_an_error(netns: Namespace):
     unknown_subsystem = Request(0xFF01, struct.pack("=BBH", 0, 0, 0))
     with (
-        Namespace() as netns,
         netns.run(NetlinkSocket, NETLINK_NETFILTER) as kernel,
         pytest.raises(OSError, match="Invalid argument"),
     ):
         list(kernel.dump(unknown_subsystem))
 
 
-def test_a_listing_whose_subject_changes_meanwhile_says_so():
-    with Namespace() as netns, netns.run(NetlinkSocket, NETLINK_ROUTE) as kernel:
+def test_a_listing_whose_subject_changes_meanwhile_says_so(netns: Namespace):
+    with netns.run(NetlinkSocket, NETLINK_ROUTE) as kernel:
         # More than the kernel hands out at a time, so that it must come back for the rest.
         many = "\n".join(f"addr add 10.0.{i // 250}.{i % 250 + 1}/32 dev lo" for i in range(1000))
         netns.command("ip", "-batch", "-", stdin=many + "\n")

@@ -21,8 +21,8 @@ from kproxy.node_addresses import (
     primary_node_ips,
     supported_families,
 )
+from tests.conformance import recorded
 from tests.lab.namespaces import Namespace
-from tests.node.recordings import conformance
 
 IPV4, IPV6 = Family.IPv4, Family.IPv6
 BOTH = (IPV4, IPV6)
@@ -35,7 +35,7 @@ PATIENCE = 10.0
 
 def test_node_port_addresses_are_chosen_as_recorded():
     """The recording lists loopback addresses too; no mode serves node ports on them through these lists."""
-    for case in conformance("trackers.json")["node_port_addresses"]["cases"]:
+    for case in recorded.read("trackers.json")["node_port_addresses"]["cases"]:
         family = Family[case["ip_family"]]
         cidrs = node_port_cidrs(case["cidrs"], {})[family]
         assert (cidrs is None) == case["expected_match_all"], case
@@ -46,7 +46,7 @@ def test_node_port_addresses_are_chosen_as_recorded():
 
 
 def test_loopback_is_among_node_port_addresses_as_recorded():
-    for case in conformance("trackers.json")["node_port_loopback"]["cases"]:
+    for case in recorded.read("trackers.json")["node_port_loopback"]["cases"]:
         chosen = node_port_cidrs(case["cidrs"], {})[IPV4]
         # IPv6 never: no mode serves node ports on ::1.
         assert accepts_ipv4_loopback(chosen) == case["expected_ipv4"], case
@@ -89,7 +89,6 @@ def test_what_cannot_be_used_is_refused_by_entry(values: list[str], message: str
 @pytest.mark.parametrize(
     ("values", "ips", "families", "says"),
     [
-        ([], IPS, BOTH, "nodePortAddresses: [primary]"),
         (["10.0.0.0/8"], IPS, BOTH, "names no IPv6 address"),
         (["fd00::/8"], IPS, BOTH, "names no IPv4 address"),
         (["primary"], {IPV4: "192.168.7.1", IPV6: "::1"}, BOTH, "names no IPv6 address"),
@@ -103,7 +102,13 @@ def test_node_ports_that_are_open_everywhere_are_worth_a_warning(
 
 @pytest.mark.parametrize(
     ("values", "families"),
-    [(["primary"], BOTH), (["10.0.0.0/8"], (IPV4,)), (["10.0.0.0/8", "fd00::/8"], BOTH), (["0.0.0.0/0", "::/0"], BOTH)],
+    [
+        ([], BOTH),
+        (["primary"], BOTH),
+        (["10.0.0.0/8"], (IPV4,)),
+        (["10.0.0.0/8", "fd00::/8"], BOTH),
+        (["0.0.0.0/0", "::/0"], BOTH),
+    ],
 )
 def test_node_ports_that_are_where_they_were_asked_for_are_not(values: list[str], families: tuple[Family, ...]):
     assert node_port_warning(values, IPS, families) == ""
@@ -154,13 +159,10 @@ def test_primary_node_ips(addresses: list[tuple[str, str]], bind: str, primary: 
 # --- families ---
 
 
-def test_families_follow_the_kernel():
-    with Namespace() as netns:
-        here = Path("/proc/thread-self")  # the namespace's thread, not this process's first one
-        assert netns.run((here / "net/if_inet6").exists), "this kernel has no IPv6"
-        assert netns.run(supported_families) == BOTH
-        netns.sysctl("net/ipv6/conf/all/disable_ipv6", 1)
-        assert netns.run(supported_families) == (IPV4,)
+def test_families_follow_the_kernel(netns: Namespace):
+    assert netns.run(supported_families) == BOTH
+    netns.sysctl("net/ipv6/conf/all/disable_ipv6", 1)
+    assert netns.run(supported_families) == (IPV4,)
 
 
 def test_a_kernel_without_ipv6_offers_ipv4_only(tmp_path: Path):
@@ -175,12 +177,11 @@ def add(netns: Namespace, address: str, device: str = "eth0") -> None:
 
 
 @pytest.fixture
-def netns():
-    with Namespace() as made:
-        made.command("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "kube-ipvs0")
-        for device in ("eth0", "kube-ipvs0"):
-            made.command("ip", "link", "set", device, "addrgenmode", "none", "up")
-        yield made
+def netns(netns: Namespace) -> Namespace:
+    netns.command("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "kube-ipvs0")
+    for device in ("eth0", "kube-ipvs0"):
+        netns.command("ip", "link", "set", device, "addrgenmode", "none", "up")
+    return netns
 
 
 def test_local_addresses_are_those_of_every_interface_but_the_excluded(netns: Namespace):

@@ -16,8 +16,8 @@ from kproxy.sysctl import (
     host_cpus,
     set_oom_score_adjustment,
 )
+from tests.conformance import recorded
 from tests.lab.namespaces import Namespace
-from tests.node.recordings import conformance
 
 NETFILTER = "proc/sys/net/netfilter/nf_conntrack_"
 HASH_SIZE = "sys/module/nf_conntrack/parameters/hashsize"
@@ -32,7 +32,7 @@ def put(root: Path, path: str, text: str | int) -> Path:
 
 
 def test_the_size_of_the_table_is_as_recorded():
-    for case in conformance("conntrack.json")["conntrack_max"]["cases"]:
+    for case in recorded.read("conntrack.json")["conntrack_max"]["cases"]:
         assert conntrack_max(case["max_per_core"], case["min"], case["cpus"]) == case["expected"], case
 
 
@@ -61,7 +61,7 @@ def test_settings_are_as_recorded():
         "SetUDPTimeout": "udp_timeout",
         "SetUDPStreamTimeout": "udp_timeout_stream",
     }
-    for case in conformance("conntrack.json")["sysctls"]["cases"]:
+    for case in recorded.read("conntrack.json")["sysctls"]["cases"]:
         config = case["config"]
         limits = ConntrackLimits(
             max_per_core=config.get("maxPerCore", 0),
@@ -130,7 +130,7 @@ def test_a_file_that_holds_no_number_is_an_error(tmp_path: Path):
         apply([Setting(NETFILTER + "max", 5)], tmp_path)
 
 
-def test_the_kernel_takes_the_settings_of_a_network_namespace():
+def test_the_kernel_takes_the_settings_of_a_network_namespace(netns: Namespace):
     limits = ConntrackLimits(
         max_per_core=0,
         tcp_established_timeout=1234,
@@ -139,25 +139,22 @@ def test_the_kernel_takes_the_settings_of_a_network_namespace():
         udp_timeout=31,
         udp_stream_timeout=121,
     )
-    with Namespace() as netns:
-        settings = conntrack_settings(limits, cpus=2)
-        assert netns.run(apply, settings) == settings
-        assert netns.run(apply, settings) == [], "nothing differs the second time"
-        for setting in settings:
-            assert int(netns.run(Path("/", setting.path).read_text)) == setting.value >= 1
+    settings = conntrack_settings(limits, cpus=2)
+    assert netns.run(apply, settings) == settings
+    assert netns.run(apply, settings) == [], "nothing differs the second time"
+    assert [int(netns.run(Path("/", s.path).read_text)) for s in settings] == [1234, 1, 1, 31, 121]
 
 
-def test_the_kernels_refusal_tells_a_container_what_to_configure():
+def test_the_kernels_refusal_tells_a_container_what_to_configure(netns: Namespace):
     """The size of the table can be set only in the initial network namespace: this is what a kind node meets."""
-    with Namespace() as netns:
-        file = Path("/proc/sys/net/netfilter/nf_conntrack_max")
-        current = int(netns.run(file.read_text))
-        if netns.run(file.stat).st_mode & 0o200:
-            pytest.skip("this kernel has a table size for each network namespace")
-        settings = conntrack_settings(ConntrackLimits(max_per_core=current + 1, min=0), cpus=1)
-        with pytest.raises(SysctlError, match=r"nf_conntrack_max .*Permission denied.*conntrack\.maxPerCore: 0"):
-            netns.run(apply, settings)
-        assert int(netns.run(file.read_text)) == current
+    file = Path("/proc/sys/net/netfilter/nf_conntrack_max")
+    current = int(netns.run(file.read_text))
+    if netns.run(file.stat).st_mode & 0o200:
+        pytest.skip("this kernel has a table size for each network namespace")
+    settings = conntrack_settings(ConntrackLimits(max_per_core=current + 1, min=0), cpus=1)
+    with pytest.raises(SysctlError, match=r"nf_conntrack_max .*Permission denied.*conntrack\.maxPerCore: 0"):
+        netns.run(apply, settings)
+    assert int(netns.run(file.read_text)) == current
 
 
 def test_nothing_configured_nothing_asked():

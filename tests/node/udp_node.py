@@ -16,8 +16,8 @@ PATIENCE = 5.0
 class UDPNode:
     """Balances by the rules it is told, and remembers connections as any node does."""
 
-    def __init__(self) -> None:
-        self.netns = Namespace()
+    def __init__(self, netns: Namespace) -> None:
+        self.netns = netns
         self._sockets: list[socket.socket] = []
         self._table({}, ())
         self.netns.sysctl("net/ipv6/ip_nonlocal_bind", 1)  # IPv4 takes every address of a local route for its own
@@ -52,7 +52,6 @@ class UDPNode:
     def close(self) -> None:
         for opened in self._sockets:
             opened.close()
-        self.netns.close()
 
     def _open(self, af: int) -> socket.socket:
         opened = self.netns.run(socket.socket, af, socket.SOCK_DGRAM)
