@@ -35,6 +35,13 @@ class SyncReport(msgspec.Struct):
     quarantined: dict[ServiceName, str] = {}  # newly refused Services, with the reason
 
 
+class Difference(msgspec.Struct, frozen=True):
+    """What a sync would change for one Service; None: in what several or all of them share."""
+
+    service: ServiceName | None
+    changes: list[Change]
+
+
 class _Shared(msgspec.Struct):
     """An entry that several Services need."""
 
@@ -99,15 +106,21 @@ class Reconciler:
         """Whether a sync has something to do."""
         return self._in_doubt or bool(self._dirty or self.state.dirty) or self._base is not self._fixed
 
-    def plan(self) -> list[Change]:
-        """What a sync would change now; reads the kernel and changes nothing, here or there."""
+    def plan(self) -> list[Difference]:
+        """What a sync would change now. Reads the kernel; changes nothing, there or here."""
         trial = Reconciler(self.state, self._dataplane, self.facts)
         rendered = trial._adopt(self._dataplane.read())
-        return trial._plan(rendered, rendered, base=True).changes
-
-    def owner(self, key: Key) -> ServiceName | None:
-        """Whose entry it is, as far as the last sync goes; None for shared, fixed and unknown ones."""
-        return next((service for service, entries in self._owned.items() if key in entries), None)
+        labels = self._dataplane.labels(trial._orphans)
+        by_service: defaultdict[ServiceName | None, list[Change]] = defaultdict(list)
+        for service, wanted in rendered.items():
+            for change in diff(wanted.entries, trial._owned.get(service, {})):
+                by_service[None if self._dataplane.is_shared(change.key) else service].append(change)
+        for key, value in trial._orphans.items():
+            by_service[labels.get(key)].append(Change(key, value, None))
+        shared = {change.key: change for change in by_service.pop(None, [])}  # several Services may lack the same
+        fixed = [*diff(self._fixed, trial._base), *shared.values()]
+        differences = [Difference(service, changes) for service, changes in sorted(by_service.items()) if service]
+        return [Difference(None, fixed), *differences] if fixed else differences
 
     def sync(self) -> SyncReport:
         """Bring the kernel up to date. Raises ApplyError (nothing forgotten: call again) and OSError."""

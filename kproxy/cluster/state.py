@@ -70,6 +70,11 @@ class ClusterState:
         return self._listed >= REQUIRED
 
     @property
+    def node_listed(self) -> bool:
+        """Whether the own Node was asked for, so that a Node that is not known does not exist."""
+        return "Node" in self._listed
+
+    @property
     def zone(self) -> str:
         """This node's zone; empty where the Node has no such label or is not known."""
         return self._zone

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import msgspec
 
-from kproxy.model import NodeFacts, Route
+from kproxy.model import NodeFacts, Route, ServiceName
 
 Key = Hashable
 Value = object
@@ -71,3 +71,6 @@ class Dataplane(Protocol):
 
     def describe(self, key: Key, value: Value) -> str:
         """One line for people."""
+
+    def labels(self, entries: Mapping[Key, Value]) -> Mapping[Key, ServiceName]:
+        """The Services that entries were made for, by what the kernel itself notes of them (comments)."""

@@ -1,0 +1,67 @@
+"""What the node is to the dataplane, from the configuration, the Node object and the node's own addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from kproxy.cluster import ClusterState
+from kproxy.config.defaults import mode_settings
+from kproxy.config.errors import ConfigError
+from kproxy.config.local_detectors import local_detectors
+from kproxy.config.v1alpha1 import Configuration, ProxyMode
+from kproxy.model import DetectLocalMode, Family, NodeFacts
+from kproxy.node_addresses import is_loopback, matching, node_port_cidrs, primary_node_ips
+
+
+class Facts:
+    """Computes the facts as of now. The configuration is valid and complete, its mode chosen.
+
+    In NodeCIDR mode the Node's pod CIDRs are part of every rule: without them there are no facts, and once they are
+    known they must stay (reference: section 1.6).
+    """
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        mode: ProxyMode,
+        families: Sequence[Family],
+        state: ClusterState,
+        local_addresses: Callable[[], frozenset[str]],
+    ) -> None:
+        self._configuration = configuration
+        self._settings = mode_settings(configuration, mode)
+        self._families = tuple(families)
+        self._state = state
+        self._local_addresses = local_addresses
+        self._pod_cidrs: tuple[str, ...] = ()
+
+    def __call__(self) -> NodeFacts | None:
+        """The facts; None while what they depend on is not known. Raises ConfigError where they cannot be."""
+        node = self._state.node
+        pod_cidrs: tuple[str, ...] = ()
+        if self._configuration.detect_local_mode is DetectLocalMode.NODE_CIDR:
+            if node:
+                pod_cidrs = tuple(node.spec.pod_cidrs or filter(None, [node.spec.pod_cidr]))
+            if self._pod_cidrs and pod_cidrs != self._pod_cidrs:
+                raise ConfigError([f"the Node's pod CIDRs changed from {self._pod_cidrs} to {pod_cidrs}; start again"])
+            if not pod_cidrs:
+                return None
+            self._pod_cidrs = pod_cidrs
+        reported = [(a.type, a.address) for a in node.status.addresses or ()] if node else []
+        ips = primary_node_ips(reported, self._configuration.bind_address).ips
+        addresses = self._local_addresses()
+        chosen = node_port_cidrs(self._configuration.node_port_addresses, ips)
+        return NodeFacts(
+            name=self._state.node_name,
+            zone=self._state.zone,
+            families=self._families,
+            ips={family: ip for family, ip in ips.items() if not is_loopback(ip)},
+            detectors=local_detectors(self._configuration, pod_cidrs, self._families),
+            node_port_addresses={
+                family: None if cidrs is None else matching(addresses, family, cidrs)
+                for family, cidrs in chosen.items()
+            },
+            service_cidrs={family: self._state.service_cidrs(family) for family in self._families},
+            masquerade_all=self._settings.masquerade_all,
+            masquerade_bit=self._settings.masquerade_bit,
+        )

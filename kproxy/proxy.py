@@ -1,0 +1,264 @@
+"""The running proxy: takes events in, decides when to sync, and tells everyone concerned what came of it."""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import msgspec
+import structlog
+
+from kproxy.api.events import Alive, Changed, Event, Listed, Unavailable
+from kproxy.api.objects import Kind, Node
+from kproxy.cluster import ClusterState
+from kproxy.dataplane.base import ApplyError
+from kproxy.model import NodeFacts
+from kproxy.reconcile import Reconciler, SyncReport
+
+log = structlog.get_logger(__name__)
+
+FIRST_RETRY_SECONDS = 0.5
+VERIFY_SECONDS = 3600.0  # compare with the kernel although nothing seems to have happened
+QUARANTINE_RETRY_SECONDS = 300.0
+NODE_PATIENCE_SECONDS = 30.0  # how long to wait for the list of Nodes before going on without
+FACTS_PATIENCE_SECONDS = 300.0  # how long to wait for what the node's facts depend on (pod CIDRs)
+
+
+class StartError(Exception):
+    """What the proxy cannot do without did not come."""
+
+
+class Pace(msgspec.Struct, frozen=True):
+    """How often to sync, in seconds: at least `minimum` between the end of one and the start of the next; after a
+    failure again with growing delays up to `retry`."""
+
+    minimum: float = 0.0
+    retry: float = 30.0
+
+
+class Observer(Protocol):
+    """Who wants to know how syncing goes. Called from the sync thread; must not block."""
+
+    def events_taken(self, state: ClusterState) -> None:
+        """Events were taken into the state."""
+
+    def sync_wanted(self) -> None:
+        """Something has changed that a sync must bring to the kernel."""
+
+    def sync_done(self, report: SyncReport, seconds: float) -> None:
+        """A sync succeeded."""
+
+    def sync_failed(self, error: Exception, seconds: float) -> None:
+        """A sync failed and will be tried again."""
+
+    def node_changed(self, node: Node) -> None:
+        """The own Node was added or changed."""
+
+    def alive(self, kind: Kind) -> None:
+        """The source is current for this kind."""
+
+
+class Proxy:
+    """Owns the state and the reconciler; everything that changes them happens in the thread that calls `run`.
+
+    `facts` computes what the node is now, None while that is not known; it is called in that thread when the Node, the
+    service CIDRs or the node's addresses have changed.
+    """
+
+    def __init__(
+        self,
+        state: ClusterState,
+        reconciler: Reconciler,
+        *,
+        facts: Callable[[], NodeFacts | None],
+        observers: Iterable[Observer],
+        pace: Pace,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._state = state
+        self._reconciler = reconciler
+        self._facts = facts
+        self._observers = tuple(observers)
+        self._pace = pace
+        self._clock = clock
+        self._wake = threading.Condition()  # guards the inbox and the flags below
+        self._inbox: deque[Event] = deque()
+        self._stopping = False
+        self._touched = False  # someone else wrote to our part of the kernel
+        self._moved = False  # the node's addresses have changed
+        # Times of `clock`; only used in the thread of `run`.
+        self._started = clock()
+        self._has_facts = False
+        self._earliest = 0.0
+        self._failures = 0
+        self._verify_at = clock() + VERIFY_SECONDS
+        self._quarantine_retry_at: float | None = None
+        self._wanted = False
+
+    def post(self, event: Event) -> None:
+        """Take in an event; from any thread."""
+        with self._wake:
+            self._inbox.append(event)
+            self._wake.notify()
+
+    def kernel_touched(self) -> None:
+        """Someone else changed what is ours; from any thread."""
+        with self._wake:
+            self._touched = True
+            self._wake.notify()
+
+    def addresses_changed(self) -> None:
+        """The node's addresses are different now; from any thread."""
+        with self._wake:
+            self._moved = True
+            self._wake.notify()
+
+    def stop(self) -> None:
+        """Have `run` return soon; from any thread, or a signal handler of the thread of `run`."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+
+    def run(self) -> None:
+        """Sync until stopped. What is in the kernel stays there. Raises StartError, and what `facts` raises."""
+        self._take_facts()
+        while self._take():
+            if self._due():
+                self._sync()
+
+    def _take(self) -> bool:
+        """Wait for something to do and take it in. False when it is time to stop."""
+        with self._wake:
+            while not (self._inbox or self._touched or self._moved or self._stopping):
+                patience = self._patience()
+                if patience is not None and patience <= 0:
+                    break
+                self._wake.wait(patience)
+            if self._stopping:
+                return False
+            events, self._inbox = self._inbox, deque()
+            touched, self._touched = self._touched, False
+            moved, self._moved = self._moved, False
+        for event in events:
+            self._take_event(event)
+        if events:
+            for observer in self._observers:
+                observer.events_taken(self._state)
+        if self._state.facts_changed or moved:
+            self._state.facts_changed = False
+            self._take_facts()
+        if touched:
+            self._reconciler.doubt()
+        return True
+
+    def _take_facts(self) -> None:
+        facts = self._facts()
+        if facts is not None:
+            self._has_facts = True
+            self._reconciler.set_facts(facts)
+
+    @property
+    def _waits_for(self) -> tuple[str, float]:
+        """What must be known before the first sync, and until when to wait for it; an empty string if nothing."""
+        if not self._state.complete:
+            return "the lists of Services and EndpointSlices", math.inf
+        if not self._state.node_listed and self._clock() < self._started + NODE_PATIENCE_SECONDS:
+            return "the Node", self._started + NODE_PATIENCE_SECONDS
+        if not self._has_facts:
+            return "the Node's pod CIDRs", self._started + FACTS_PATIENCE_SECONDS
+        return "", 0.0
+
+    def _take_event(self, event: Event) -> None:
+        self._state.apply(event)
+        match event:
+            case Changed("Node", Node() as node) if node is self._state.node:
+                for observer in self._observers:
+                    observer.node_changed(node)
+            case Alive(kind) | Listed(kind):
+                for observer in self._observers:
+                    observer.alive(kind)
+            case Unavailable(kind, message):
+                log.warning("source unavailable, going on with what is known", kind=kind, reason=message)
+            case _:
+                pass
+
+    def _patience(self) -> float | None:
+        """Seconds until something is due by itself; None if nothing ever is."""
+        now = self._clock()
+        what, deadline = self._waits_for
+        if what:
+            return None if deadline == math.inf else deadline - now
+        until = [self._verify_at - now]
+        if self._reconciler.pending:
+            until.append(self._earliest - now)
+        if self._quarantine_retry_at is not None:
+            until.append(self._quarantine_retry_at - now)
+        return min(until)
+
+    def _due(self) -> bool:
+        now = self._clock()
+        what, deadline = self._waits_for
+        if what:
+            if now > deadline:
+                raise StartError(f"waited {FACTS_PATIENCE_SECONDS:.0f} s for {what}, in vain")
+            return False
+        if now >= self._verify_at:
+            self._verify_at = now + VERIFY_SECONDS
+            self._reconciler.doubt()
+        if self._quarantine_retry_at is not None and now >= self._quarantine_retry_at:
+            self._quarantine_retry_at = now + QUARANTINE_RETRY_SECONDS
+            self._reconciler.retry_quarantined()
+        if not self._reconciler.pending:
+            return False
+        if not self._wanted:
+            self._wanted = True
+            for observer in self._observers:
+                observer.sync_wanted()
+        return now >= self._earliest
+
+    def _sync(self) -> None:
+        started = self._clock()
+        try:
+            report = self._reconciler.sync()
+        except (ApplyError, OSError) as error:
+            self._failed(error, self._clock() - started)
+            return
+        ended = self._clock()
+        self._wanted = False
+        self._failures = 0
+        self._earliest = ended + self._pace.minimum
+        if not self._reconciler.quarantine:
+            self._quarantine_retry_at = None
+        elif self._quarantine_retry_at is None:
+            self._quarantine_retry_at = ended + QUARANTINE_RETRY_SECONDS
+        for observer in self._observers:
+            observer.sync_done(report, ended - started)
+
+    def _failed(self, error: Exception, seconds: float) -> None:
+        delay = min(self._pace.retry, FIRST_RETRY_SECONDS * 2 ** min(self._failures, 16))
+        delay *= random.uniform(0.8, 1.0)  # noqa: S311 - spreads retries, keeps no secret
+        self._failures += 1
+        self._earliest = self._clock() + delay
+        log.error("sync failed, nothing is forgotten", error=str(error), retry_in_seconds=round(delay, 1))
+        for observer in self._observers:
+            observer.sync_failed(error, seconds)
+
+
+def log_report(report: SyncReport, seconds: float) -> None:
+    """Say what a sync did: everything at info for a full one, the rest at debug."""
+    say = log.info if report.full else log.debug
+    say(
+        "compared everything with the kernel" if report.full else "synced",
+        services=len(report.services),
+        changes=report.changes,
+        milliseconds=round(seconds * 1000, 1),
+    )
+    if report.drift:
+        log.warning("repaired what someone else had changed in the kernel", entries=report.drift)
+    for service, reason in report.quarantined.items():
+        log.error("the kernel refuses this Service; the others are not affected", service=str(service), reason=reason)
