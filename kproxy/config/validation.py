@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 
@@ -31,6 +32,8 @@ def validate_settings(settings: KproxyConfiguration) -> list[FieldError]:
 
 def _broken_rules(config: Configuration, unread: frozenset[str]) -> Iterator[FieldError]:
     yield from _feature_gates(config.feature_gates)
+    if not math.isfinite(config.client_connection.qps):
+        yield FieldError("clientConnection.qps", f"{config.client_connection.qps} is not a finite number")
     yield from _at_least_zero("clientConnection.burst", config.client_connection.burst)
     yield from _logging(config)
     yield from _addresses(config)
@@ -138,7 +141,7 @@ def _periods(part: str, period: Duration, minimum: Duration, unread: frozenset[s
     yield from _more_than_zero(f"{part}.syncPeriod", period)
     yield from _at_least_zero(f"{part}.minSyncPeriod", minimum)
     if minimum > period > 0 and f"{part}.syncPeriod" not in unread:
-        yield FieldError(f"{part}.minSyncPeriod", f"{minimum} is greater than {part}.syncPeriod, {period}")
+        yield FieldError(f"{part}.minSyncPeriod", f"{minimum} is greater than syncPeriod, {period}")
 
 
 def _local_detection(config: Configuration, unread: frozenset[str]) -> Iterator[FieldError]:
