@@ -1,0 +1,370 @@
+"""The kernel side of the nftables mode: read what it holds of ours, and change it in one transaction."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NoReturn, Self
+
+from kproxy.dataplane.base import ApplyError, Change, Entries, UnsupportedError
+from kproxy.dataplane.nftables import structure
+from kproxy.dataplane.nftables.containers import CONTAINERS, Container, container
+from kproxy.dataplane.nftables.describe import describe
+from kproxy.dataplane.nftables.elements import LIST_ELEMENTS, Step, element_at, location, parse, parse_counters
+from kproxy.dataplane.nftables.expressions import NFPROTO, Rule
+from kproxy.dataplane.nftables.features import OWNED_AND_PERSISTENT, Features, probe
+from kproxy.dataplane.nftables.fields import FAMILY_WORDS
+from kproxy.dataplane.nftables.nfnetlink import (
+    DumpInterrupted,
+    Flag,
+    MessageError,
+    Msg,
+    NetlinkSocket,
+    Nfproto,
+    parsed,
+    string,
+)
+from kproxy.dataplane.nftables.plan import Unit, plan
+from kproxy.dataplane.nftables.ruleset import TABLE_NAME, Chain, ChainKey, Hook, SetKey, Table, TableKey, UnknownSet
+from kproxy.model import Family
+
+_READ_ATTEMPTS = 20
+_EXPIRY_ATTEMPTS = 5
+_FRAME_BYTES = 24  # headers and padding of a message, at most
+_SET_COUNT = 20  # NFTA_SET_COUNT
+_GENERATION = 1  # NFTA_GEN_ID
+_TABLE_NAME_ATTRIBUTE = 1
+# Not the fault of what was asked for: the same may work later.
+_TRANSIENT = frozenset((errno.EPERM, errno.EBUSY, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EINTR))
+
+
+class NftablesKernel:
+    """Our tables in the network namespace of the thread that creates it.
+
+    Where the kernel has it (6.9), the tables belong to this object until it is closed: nobody else can change or flush
+    them, and they stay when it goes. Raises UnsupportedError if there is no nfnetlink.
+    """
+
+    def __init__(self, families: Sequence[Family], features: Features | None = None) -> None:
+        try:
+            self._socket = NetlinkSocket()
+        except OSError as error:
+            raise UnsupportedError(f"nftables mode: no netlink socket to netfilter: {error.strerror}") from error
+        self._families = tuple(families)
+        self._known_features = features
+        self._owned: set[Family] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the tables; they stay in force."""
+        self._socket.close()
+
+    @property
+    def port(self) -> int:
+        """The netlink port that our changes come from; a monitor leaves them out by it."""
+        return self._socket.port
+
+    @property
+    def features(self) -> Features:
+        """What the kernel can do beyond the necessary."""
+        if self._known_features is None:
+            self._known_features = probe(self._socket, self._families)
+        return self._known_features
+
+    def probe(self) -> None:
+        """Try all that the mode needs, without leaving a trace. Raises UnsupportedError."""
+        self._known_features = probe(self._socket, self._families)
+
+    # --- reading ---
+
+    def read(self) -> Entries:
+        """What the kernel holds of ours, except what packets put there. Raises OSError.
+
+        Where a table is there but is not one that changes can turn into ours, it is all there is: a `Table` with the
+        fault, so that everything is written into a new one.
+        """
+        for _ in range(_READ_ATTEMPTS):
+            generation = self._generation()
+            try:
+                entries = self._read_once()
+            except DumpInterrupted:
+                continue
+            if generation == self._generation():
+                return entries
+        raise OSError(errno.EAGAIN, "the ruleset was changed again and again while it was read")
+
+    def _generation(self) -> bytes:
+        return parsed(self._socket.get(Msg.GETGEN, Nfproto.UNSPEC).attributes)[_GENERATION]
+
+    def _read_once(self) -> Entries:
+        entries: Entries = {}
+        for family in self._families:
+            found = self._table(family)
+            if found is None:
+                continue
+            flags = int.from_bytes(found.get(structure.TABLE_FLAGS, b""), "big")
+            if flags & structure.TABLE_DORMANT:
+                entries[TableKey(family)] = Table("dormant")
+                continue
+            inside = self._read_sets(family)
+            if isinstance(inside, str):
+                entries[TableKey(family)] = Table(inside)
+                continue
+            entries[TableKey(family)] = Table()
+            entries.update(inside)
+            entries.update(self._read_chains(family))
+        return entries
+
+    def _table(self, family: Family) -> dict[int, bytes] | None:
+        try:
+            return parsed(
+                self._socket.get(Msg.GETTABLE, NFPROTO[family], string(_TABLE_NAME_ATTRIBUTE, TABLE_NAME)).attributes
+            )
+        except FileNotFoundError:
+            return None
+
+    def _read_sets(self, family: Family) -> Entries | str:
+        """Sets with their elements, or why the table is none of this layout."""
+        entries: Entries = {}
+        counts: list[tuple[Container, bytes | None]] = []
+        for received in self._dump(Msg.GETSET, family):
+            name, found = structure.read_set(family, received)
+            match found:
+                case str(fault):
+                    return fault
+                case UnknownSet():
+                    pass
+                case Container(learned=False):
+                    counts.append((found, parsed(received).get(_SET_COUNT)))
+            entries[SetKey(family, name)] = found
+        for found, count in counts:
+            before = len(entries)
+            for elements in self._dump_elements(found):
+                entries.update(parse(found, elements))
+            # A hash table that grows in the background moves elements about under the dump.
+            if count is not None and len(entries) - before != int.from_bytes(count, "big"):
+                raise DumpInterrupted(errno.EINTR, f"{found} was read in part")
+        return entries
+
+    def _read_chains(self, family: Family) -> Entries:
+        hooks: dict[str, Hook | None] = {}
+        rules: dict[str, list[Rule]] = {}
+        for received in self._dump(Msg.GETCHAIN, family):
+            name, hooks[name] = structure.read_hook(received)
+            rules[name] = []
+        for received in self._dump(Msg.GETRULE, family):
+            name, rule = structure.read_rule(received)
+            rules.setdefault(name, []).append(rule)
+        return {ChainKey(family, name): Chain(hook, tuple(rules[name])) for name, hook in hooks.items()}
+
+    def _dump(self, kind: Msg, family: Family) -> Iterator[bytes]:
+        """Objects of our table."""
+        table = string(_TABLE_NAME_ATTRIBUTE, TABLE_NAME)
+        for received in self._socket.dump(kind, NFPROTO[family], table):
+            if received.attributes.startswith(table):  # chains are dumped for all tables
+                yield received.attributes
+
+    def _dump_elements(self, where: Container) -> Iterator[bytes]:
+        for received in self._socket.dump(Msg.GETSETELEM, NFPROTO[where.family], location(where)):
+            yield parsed(received.attributes).get(LIST_ELEMENTS, b"")
+
+    def counters(self, where: Container) -> Iterator[tuple[bytes, int, int]]:
+        """Elements of a container with the packets and bytes that they matched. Raises OSError.
+
+        A change during the listing is no error: a count may then be missing once, or be there twice.
+        """
+        try:
+            for elements in self._dump_elements(where):
+                yield from parse_counters(where, elements)
+        except (DumpInterrupted, FileNotFoundError):
+            return
+
+    def affinity(self, family: Family) -> dict[bytes, bytes]:
+        """Which endpoint each client of sticky services got: key of the element → address and port. Raises OSError."""
+        learned = container(family, "affinity")
+        for _ in range(_READ_ATTEMPTS):
+            found: dict[bytes, bytes] = {}
+            try:
+                for elements in self._dump_elements(learned):
+                    found.update((key, value) for key, value in parse(learned, elements) if isinstance(value, bytes))
+            except DumpInterrupted:
+                continue
+            except FileNotFoundError:
+                return {}
+            return found
+        raise OSError(errno.EAGAIN, "the ruleset was changed again and again while it was read")
+
+    # --- writing ---
+
+    def apply(self, changes: Iterable[Change], also_delete: Iterable[tuple[str, str]] = ()) -> None:
+        """Make the changes in one transaction, and delete other tables, given as (family, name), where they exist.
+
+        In a user namespace, which may not widen its send buffer, a large one takes several, additions first.
+        Removals of learned elements may name some that have expired. Raises ApplyError.
+        """
+        changes = list(changes)
+        for attempt in range(_EXPIRY_ATTEMPTS):
+            units = self._plan(changes, also_delete)
+            try:
+                self._send(units)
+            except _Expired:
+                if attempt + 1 == _EXPIRY_ATTEMPTS:
+                    raise ApplyError(
+                        "clients' affinities expire faster than they can be removed", transient=True
+                    ) from None
+                continue
+            break
+        self._note_ownership(changes)
+
+    def _plan(self, changes: list[Change], also_delete: Iterable[tuple[str, str]]) -> list[Unit]:
+        try:
+            taken_over = self._taken_over(changes)
+            removal = Msg.DESTROYSETELEM if self.features.destroy else Msg.DELSETELEM
+            present = changes if self.features.destroy else self._without_expired(changes)
+            deleted = [(step,) for step in self._foreign_tables(also_delete)]
+        except OSError as error:
+            raise ApplyError(f"nftables: {error.strerror}", transient=True) from error
+        return taken_over + plan(present, self._table_flags, removal) + deleted
+
+    @property
+    def _table_flags(self) -> int:
+        return OWNED_AND_PERSISTENT if self.features.owner else 0
+
+    def _taken_over(self, changes: list[Change]) -> list[Unit]:
+        """What makes tables ours whose owner has gone."""
+        units: list[Unit] = []
+        replaced = {change.key for change in changes if isinstance(change.key, TableKey)}
+        for family in self._families:
+            if not self.features.owner or family in self._owned or not changes:
+                continue
+            table = self._table(family)
+            if table is None:
+                continue
+            owner = int.from_bytes(table.get(structure.TABLE_OWNER, b""), "big")
+            if owner and owner != self.port:
+                raise ApplyError(_owned_by_another(family, owner), transient=True)
+            flags = int.from_bytes(table.get(structure.TABLE_FLAGS, b""), "big")
+            # The kernel lets a table be taken over only if it was made to outlive its owner.
+            if flags & structure.TABLE_PERSIST and TableKey(family) not in replaced:
+                message = structure.new_table(family, OWNED_AND_PERSISTENT, Flag.NONE)
+                units.append((Step(message, (TableKey(family),)),))
+        return units
+
+    def _note_ownership(self, changes: list[Change]) -> None:
+        if not self.features.owner or not changes:
+            return
+        self._owned.update(self._families)
+        self._owned.difference_update(c.key.family for c in changes if isinstance(c.key, TableKey) and c.new is None)
+
+    def _without_expired(self, changes: list[Change]) -> list[Change]:
+        """Without removals of learned elements that are not there any more, for a kernel that would refuse them."""
+        learned = {container(family, "affinity").number: family for family in self._families}
+        removed = [c.key for c in changes if isinstance(c.key, bytes) and c.key[0] in learned]
+        there: set[bytes] = set()
+        for family in {learned[key[0]] for key in removed}:
+            there.update(self.affinity(family))
+        gone = {key for key in removed if key not in there}
+        return [change for change in changes if change.key not in gone] if gone else changes
+
+    def _foreign_tables(self, names: Iterable[tuple[str, str]]) -> Iterator[Step]:
+        families = {word: family for family, word in FAMILY_WORDS.items()}
+        for word, name in names:
+            family = families[word]
+            try:
+                self._socket.get(Msg.GETTABLE, NFPROTO[family], string(_TABLE_NAME_ATTRIBUTE, name))
+            except FileNotFoundError:
+                continue
+            yield Step(structure.delete_table(family, name), (f"table {word} {name}",))
+
+    def _send(self, units: list[Unit]) -> None:
+        size = sum(_size(unit) for unit in units)
+        room = self._socket.room(size + 2 * _FRAME_BYTES) - 2 * _FRAME_BYTES
+        batch: list[Step] = []
+        filled = 0
+        for unit in units:
+            if batch and filled + _size(unit) > room:
+                self._transact(batch)
+                batch, filled = [], 0
+            batch.extend(unit)
+            filled += _size(unit)
+        if batch:
+            self._transact(batch)
+
+    def _transact(self, steps: list[Step]) -> None:
+        try:
+            errors = self._socket.transact([step.message for step in steps])
+        except OSError as error:
+            raise ApplyError(
+                f"nftables: the transaction could not be sent: {error.strerror}", transient=True
+            ) from error
+        if not errors:
+            return
+        if any(error.errno == errno.ENOENT and _removes_learned(steps[error.position]) for error in errors):
+            raise _Expired
+        busy = {steps[e.position].keys for e in errors if e.position >= 0 and _deletes_busy_chain(e, steps[e.position])}
+        if busy and all(steps[e.position].keys in busy for e in errors):
+            # Kernels before 6.2 count the references of a removed element a moment longer. An unused chain does no
+            # harm; the next read finds it.
+            self._transact([step for step in steps if step.keys not in busy])
+            return
+        _refuse(errors, steps)
+
+
+class _Expired(Exception):  # noqa: N818 - not an error: try again
+    """A learned element that was to be removed is no more."""
+
+
+def _size(unit: Unit) -> int:
+    return sum(len(step.message.attributes) + _FRAME_BYTES for step in unit)
+
+
+def _removes_learned(step: Step) -> bool:
+    key = step.keys[0] if step.keys else None
+    return step.message.type is Msg.DELSETELEM and isinstance(key, bytes) and CONTAINERS[key[0]].learned
+
+
+def _deletes_busy_chain(error: MessageError, step: Step) -> bool:
+    return error.errno == errno.EBUSY and step.message.type is Msg.DELCHAIN
+
+
+def _owned_by_another(family: Family, port: int) -> str:
+    return (
+        f"table {FAMILY_WORDS[family]} {TABLE_NAME} belongs to another running process (netlink port {port}, as a rule "
+        "its process id); end it, or let it have the node"
+    )
+
+
+def _refuse(errors: list[MessageError], steps: list[Step]) -> NoReturn:
+    """Raise what the kernel said. Once a chain or set is refused, so is all that refers to it: name the first cause."""
+    first = errors[0]
+    if first.position < 0:
+        reason = "CAP_NET_ADMIN is missing" if first.errno == errno.EPERM else os.strerror(first.errno)
+        raise ApplyError(f"nftables: the kernel refused the transaction: {reason}", transient=True)
+    refused = [(error, steps[error.position]) for error in errors if error.position >= 0]
+    structural = [(error, step) for error, step in refused if LIST_ELEMENT_TYPES.isdisjoint((step.message.type,))]
+    culprits = dict.fromkeys(key for error, step in structural or refused for key in _culprits(error, step))
+    error, step = (structural or refused)[0]
+    what = _culprits(error, step)
+    subject = describe(what[0], None) if what else f"one of {len(step.keys)} elements"
+    reason = errno.errorcode.get(error.errno, str(error.errno))
+    raise ApplyError(
+        f"nftables: {step.message.type.name} {subject}: {error.text or os.strerror(error.errno)} ({reason})",
+        tuple(culprits),
+        transient=all(error.errno in _TRANSIENT for error, _ in refused),
+    )
+
+
+LIST_ELEMENT_TYPES = frozenset((Msg.NEWSETELEM, Msg.DELSETELEM, Msg.DESTROYSETELEM))
+
+
+def _culprits(error: MessageError, step: Step) -> tuple[object, ...]:
+    if step.message.type not in LIST_ELEMENT_TYPES or len(step.keys) == 1:
+        return step.keys
+    key = element_at(step, error.offset) if error.offset else None
+    return () if key is None else (key,)
