@@ -29,7 +29,11 @@ LogFormat = Literal["text", "json"]
 _OWN = "kproxy"
 _SECRET_KEYS = frozenset({"authorization", "token", "password", "client_key", "client-key-data", "secret"})
 _SECRET_TEXT = re.compile(
-    r"(?P<intro>\b(?:Bearer|Basic)\s+|\b(?:token|password|secret)[\"']?\s*[:=]\s*[\"']?)[^\s\"',}]+", re.IGNORECASE
+    r"""(?P<intro>\bauthorization["']?\s*[:=]\s*["']?(?:(?:bearer|basic)\s+)?
+               | \bbearer\s+(?=\S{16})
+               | \b(?:token|password|secret)["']?\s*[:=]\s*["']?
+        )[^\s"',}]+""",
+    re.IGNORECASE | re.VERBOSE,
 )
 _REDACTED = "[redacted]"
 
