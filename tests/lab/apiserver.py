@@ -86,6 +86,10 @@ class ApiServer:
         host = f"[{self.address}]" if ":" in self.address else self.address
         return f"{'https' if self._tls else 'http'}://{host}:{self.port}"
 
+    def client_flags(self) -> list[str]:
+        """The flags with which a proxy finds it."""
+        return [f"--master={self.url}"]
+
     # The life of the server
 
     def up(self) -> None:
