@@ -235,7 +235,7 @@ def register_process(registry: CollectorRegistry, version: str, kubernetes_versi
     Gauge(
         "kproxy_build_info",
         "Versions of the program, always 1",
-        ["version", "python_version", "kubernetes_version"],
+        ["version", "python_version", "kubernetes"],
         registry=registry,
     ).labels(version, python, kubernetes_version).set(1)
     labels = {

@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, generate_latest
@@ -6,8 +7,9 @@ from prometheus_client.openmetrics.exposition import generate_latest as openmetr
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from kproxy.metrics.connections import ConnectionCounters, Reading
 from kproxy.metrics.families import NftablesMetrics, OwnMetrics, ProxyMetrics, Registry, StateAge, register_process
-from kproxy.model import Family
+from kproxy.model import Endpoint, Family, Frontend, Protocol, ServicePortName
 
 SYNC_LE = [0.001 * 2**k for k in range(15)]
 
@@ -180,3 +182,18 @@ def test_registries_do_not_share_anything():
     ProxyMetrics(first).count_probe("/livez", 200)
     ProxyMetrics(second)
     assert "kubeproxy_proxy_livez_total" not in exposed(second)
+
+
+def test_the_documentation_names_exactly_what_is_exposed(registry):
+    use_everything(ProxyMetrics(registry), NftablesMetrics(registry), OwnMetrics(registry))
+    StateAge(registry, ["Service"])
+    register_process(registry, "0.1.0", "v1.36.2")
+    pod = Endpoint("10.0.0.1", 80)
+    port = ServicePortName("a", "b", "c", Protocol.TCP)
+    vip = Frontend(Family.IPv4, "10.96.0.1", Protocol.TCP, 80)
+    ConnectionCounters(registry, lambda: [Reading(port, vip, 1, 1), Reading(port, pod, 2, 1)], 10)
+    text = generate_latest(registry).decode()
+    names = r"(?:kubeproxy|kproxy|kubernetes|rest_client)_[a-z_]+"
+    found = set(re.findall(rf"^# TYPE ({names})", text, re.MULTILINE))
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    assert found == set(re.findall(rf"\b{names}\b", page))
