@@ -247,18 +247,3 @@ class Proxy:
         log.error("sync failed, nothing is forgotten", error=str(error), retry_in_seconds=round(delay, 1))
         for observer in self._observers:
             observer.sync_failed(error, seconds)
-
-
-def log_report(report: SyncReport, seconds: float) -> None:
-    """Say what a sync did: everything at info for a full one, the rest at debug."""
-    say = log.info if report.full else log.debug
-    say(
-        "compared everything with the kernel" if report.full else "synced",
-        services=len(report.services),
-        changes=report.changes,
-        milliseconds=round(seconds * 1000, 1),
-    )
-    if report.drift:
-        log.warning("repaired what someone else had changed in the kernel", entries=report.drift)
-    for service, reason in report.quarantined.items():
-        log.error("the kernel refuses this Service; the others are not affected", service=str(service), reason=reason)

@@ -6,23 +6,34 @@ kernel holds is read and attributed to the Services that want it; the rest of th
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import msgspec
 
 from kproxy.cluster import ClusterState
 from kproxy.dataplane.base import ApplyError, Change, Dataplane, Entries, Key, Value, diff
-from kproxy.model import NodeFacts, Route, ServiceName
+from kproxy.model import Family, NodeFacts, Route, ServiceName
 
 
 class Summary(msgspec.Struct, frozen=True, gc=False):
     """What health checks and metrics want to know of a Service's routes."""
 
-    no_local_internal: int = 0  # service ports whose internal traffic is dropped on this node
-    no_local_external: int = 0
+    # Service ports whose internal or external traffic is dropped on this node, for want of an endpoint here.
+    no_local: tuple[tuple[Literal["internal", "external"], Family], ...] = ()
     health_check_port: int = 0
     local_ready: int = 0  # distinct addresses of ready endpoints on this node
+
+
+Kind = Literal["add", "change", "remove"]
+
+
+def kind(change: Change) -> Kind:
+    """What is done to the entry."""
+    if change.old is None:
+        return "add"
+    return "remove" if change.new is None else "change"
 
 
 class SyncReport(msgspec.Struct):
@@ -30,8 +41,8 @@ class SyncReport(msgspec.Struct):
 
     full: bool = False  # the kernel was read and compared with everything
     services: list[ServiceName] = []  # whose entries are now as their objects ask
-    changes: int = 0  # entries written or removed
-    drift: int = 0  # of them, repairs of what someone else changed
+    changes: Counter[Kind] = msgspec.field(default_factory=Counter)  # entries written or removed
+    drift: Counter[Kind] = msgspec.field(default_factory=Counter)  # of them, repairs of what someone else changed
     quarantined: dict[ServiceName, str] = {}  # newly refused Services, with the reason
 
 
@@ -73,6 +84,7 @@ class Reconciler:
         self.facts = facts
         self.quarantine: dict[ServiceName, str] = {}
         self.summaries: dict[ServiceName, Summary] = {}  # only those that differ from an empty one
+        self.no_local: Counter[tuple[Literal["internal", "external"], Family]] = Counter()  # over all summaries
         self._dataplane = dataplane
         self._dirty: set[ServiceName] = set()
         self._in_doubt = True  # what is in place is not known for certain
@@ -139,7 +151,7 @@ class Reconciler:
                 return report
         rendered = self._adopt(self._dataplane.read())
         if self._settled:
-            report.drift = self._count_drift(rendered)
+            report.drift = self._drift(rendered)
         self._install(list({**rendered, **dict.fromkeys(self._dirty)}), rendered, report, base=True, split=True)
         self._in_doubt = False
         self._settled = True
@@ -174,12 +186,13 @@ class Reconciler:
         self._orphans = actual
         return rendered
 
-    def _count_drift(self, rendered: Mapping[ServiceName, _Rendered]) -> int:
-        count = len(diff(self._fixed, self._base)) + len(self._orphans)
+    def _drift(self, rendered: Mapping[ServiceName, _Rendered]) -> Counter[Kind]:
+        changes = diff(self._fixed, self._base)
+        changes.extend(Change(key, value, None) for key, value in self._orphans.items())
         for service, wanted in rendered.items():
             if service not in self._dirty:
-                count += len(diff(wanted.entries, self._owned.get(service, {})))
-        return count
+                changes.extend(diff(wanted.entries, self._owned.get(service, {})))
+        return Counter(map(kind, changes))
 
     def _render(self, service: ServiceName, present: Mapping[Key, Value]) -> _Rendered:
         routes = self.state.routes(service)
@@ -252,7 +265,7 @@ class Reconciler:
                 for part in self._parts(services, plan, error.culprits):
                     self._install(part, rendered, report, base=False, split=True)
         else:
-            report.changes += len(plan.changes)
+            report.changes.update(map(kind, plan.changes))
             report.services.extend(services)
             self._commit(plan)
 
@@ -280,10 +293,12 @@ class Reconciler:
                 self._owned.pop(service, None)
             self.quarantine.pop(service, None)
             self._dirty.discard(service)
-            if wanted.summary == Summary():
-                self.summaries.pop(service, None)
-            else:
+            before = self.summaries.pop(service, None)
+            if before:
+                self.no_local.subtract(before.no_local)
+            if wanted.summary != Summary():
                 self.summaries[service] = wanted.summary
+                self.no_local.update(wanted.summary.no_local)
         for key, entry in plan.shared.items():
             if entry.count:
                 self._shared[key] = entry
@@ -296,14 +311,17 @@ class Reconciler:
 
 def summarise(routes: Iterable[Route]) -> Summary:
     """The summary of a Service from its routes."""
-    internal = external = port = 0
+    no_local: list[tuple[Literal["internal", "external"], Family]] = []
+    port = 0
     ready: set[str] = set()
     for route in routes:
         service_port = route.service_port
         if route.has_any and not route.local:
-            internal += route.service_port.internal_local
-            external += service_port.external_local and service_port.externally_accessible
+            if service_port.internal_local:
+                no_local.append(("internal", service_port.family))
+            if service_port.external_local and service_port.externally_accessible:
+                no_local.append(("external", service_port.family))
         if service_port.health_check_node_port:
             port = service_port.health_check_node_port
             ready.update(e.address for e in route.local if e.ready)
-    return Summary(internal, external, port, len(ready))
+    return Summary(tuple(no_local), port, len(ready))

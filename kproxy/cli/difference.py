@@ -9,21 +9,15 @@ from typing import Any
 import msgspec
 
 from kproxy.dataplane.base import Change, Dataplane
-from kproxy.reconcile import Difference
+from kproxy.reconcile import Difference, Kind, kind
 
 _COLORS = {"+": "\033[32m", "-": "\033[31m", "~": "\033[33m", "": "\033[1m"}
 _RESET = "\033[0m"
-_OPERATIONS = {"+": "add", "-": "remove", "~": "change"}
+_SIGNS: dict[Kind, str] = {"add": "+", "remove": "-", "change": "~"}
 
 
-def _sign(change: Change) -> str:
-    if change.old is None:
-        return "+"
-    return "-" if change.new is None else "~"
-
-
-def _counts(differences: Sequence[Difference]) -> Counter[str]:
-    return Counter(_sign(change) for difference in differences for change in difference.changes)
+def _counts(differences: Sequence[Difference]) -> Counter[Kind]:
+    return Counter(kind(change) for difference in differences for change in difference.changes)
 
 
 def as_text(
@@ -41,14 +35,14 @@ def as_text(
     counts = _counts(differences)
     services = sum(difference.service is not None for difference in differences)
     yield (
-        f"{where}: {counts['+']} to add, {counts['-']} to remove, {counts['~']} to change"
+        f"{where}: {counts['add']} to add, {counts['remove']} to remove, {counts['change']} to change"
         f" ({services} {'Service' if services == 1 else 'Services'})"
     )
     for difference in differences:
         yield ""
         yield paint("", f"Service {difference.service}" if difference.service else "For all Services")
         for change in difference.changes:
-            sign = _sign(change)
+            sign = _SIGNS[kind(change)]
             if change.old is not None and change.new is not None:
                 yield paint(sign, f"  {sign} {dataplane.describe(change.key, change.new)}")
                 yield paint(sign, f"    instead of {dataplane.describe(change.key, change.old)}")
@@ -63,7 +57,7 @@ def as_json(differences: Sequence[Difference], dataplane: Dataplane, *, mode: st
     document = {
         "mode": mode,
         "node": node,
-        "counts": {name: counts[sign] for sign, name in _OPERATIONS.items()},
+        "counts": {name: counts[name] for name in _SIGNS},
         "services": [
             {
                 "namespace": difference.service.namespace,
@@ -84,7 +78,7 @@ def as_json(differences: Sequence[Difference], dataplane: Dataplane, *, mode: st
 
 
 def _change(change: Change, dataplane: Dataplane) -> dict[str, Any]:
-    described = {"op": _OPERATIONS[_sign(change)]}
+    described: dict[str, Any] = {"op": kind(change)}
     if change.new is not None:
         described["new"] = dataplane.describe(change.key, change.new)
     if change.old is not None:

@@ -20,7 +20,17 @@ from kproxy.api.objects import (
 from kproxy.cluster.claims import Claims
 from kproxy.cluster.services import service_ports
 from kproxy.cluster.slices import Slice, merge, read_slice
-from kproxy.model import Endpoint, Family, Route, ServiceName, ServicePort, canonical_cidr
+from kproxy.model import (
+    Endpoint,
+    Family,
+    Frontend,
+    FrontendKind,
+    Protocol,
+    Route,
+    ServiceName,
+    ServicePort,
+    canonical_cidr,
+)
 from kproxy.routing import frontends, route
 
 ObjectKey = tuple[str, str]  # namespace, name
@@ -51,6 +61,8 @@ class ClusterState:
         self.service_events = 0
         self.slice_events = 0
         self.dirty: set[ServiceName] = set()
+        self.changed_services: set[ServiceName] = set()  # for metrics, which empty these two after a sync
+        self.changed_slices: set[ObjectKey] = set()
         self.facts_changed = False  # node or service CIDRs: what NodeFacts is made of
         self.trigger_times: dict[ServiceName, list[float]] = {}
         self._note = note
@@ -58,6 +70,7 @@ class ClusterState:
         self._allow_external_ips = allow_external_ips
         self._listed: set[Kind] = set()
         self._zone = ""
+        self.udp_services: set[ServiceName] = set()
         self._services: dict[ServiceName, tuple[ServicePort, ...]] = {}
         self._slices: dict[ServiceName, dict[str, Slice]] = {}
         self._service_of_slice: dict[ObjectKey, ServiceName] = {}
@@ -91,6 +104,10 @@ class ClusterState:
         """All endpoints of a service port, usable or not, sorted by their text."""
         return merge(self._slices.get(port.name.service, {}), port.name, port.family)
 
+    def frontends(self, port: ServicePort) -> tuple[tuple[FrontendKind, Frontend], ...]:
+        """The addresses and ports that a service port owns; what another Service has taken is not among them."""
+        return self._claims.owned(port)
+
     def routes(self, service: ServiceName) -> list[Route]:
         """The routes of a Service's ports; empty for a Service that is not known or not ours."""
         return [
@@ -99,7 +116,7 @@ class ClusterState:
                 self.endpoints(port),
                 node_name=self.node_name,
                 zone=self._zone,
-                frontends=self._claims.owned(port),
+                frontends=self.frontends(port),
             )
             for port in self._services.get(service, ())
         ]
@@ -189,7 +206,12 @@ class ClusterState:
             self._services[name] = ports
         else:
             del self._services[name]
+        if any(port.name.protocol is Protocol.UDP for port in ports):
+            self.udp_services.add(name)
+        else:
+            self.udp_services.discard(name)
         self.dirty.add(name)
+        self.changed_services.add(name)
 
     def _put_slice(self, item: EndpointSlice) -> None:
         metadata = item.metadata
@@ -216,6 +238,7 @@ class ClusterState:
         slices[metadata.name] = piece
         self._service_of_slice[key] = service
         self.dirty.add(service)
+        self.changed_slices.add(key)
         self._record_trigger_time(service, (metadata.annotations or {}).get(TRIGGER_TIME_ANNOTATION, ""))
 
     def _drop_slice(self, key: ObjectKey) -> None:
@@ -227,6 +250,7 @@ class ClusterState:
         if not slices:
             del self._slices[service]
         self.dirty.add(service)
+        self.changed_slices.add(key)
         self.trigger_times.pop(service, None)
 
     def _record_trigger_time(self, service: ServiceName, text: str) -> None:
