@@ -173,13 +173,20 @@ class OwnMetrics:
         self.changes = Counter(
             "kproxy_sync_changes_total",
             "Entries written to the kernel or removed from it",
+            ["change"],
             registry=registry,
         )
         self.drift = Counter(
             "kproxy_drift_detected_total",
             "Entries found in the kernel other than they were written, and repaired",
+            ["found"],
             registry=registry,
         )
+        # From zero on, so that already the first one shows as an increase.
+        for change in ("add", "change", "remove"):
+            self.changes.labels(change)
+        for found in ("missing", "changed", "foreign"):
+            self.drift.labels(found)
         self.quarantined = Gauge(
             "kproxy_quarantined_services",
             "Services left out because the kernel refuses what they ask for",

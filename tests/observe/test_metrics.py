@@ -141,6 +141,15 @@ def test_openmetrics_exposition_parses_too(registry):
     assert {"kubeproxy_proxy_healthz", "kproxy_drift_detected", "kubernetes_build_info"} <= names
 
 
+def test_drift_is_zero_before_it_happens_so_that_the_first_is_an_increase(registry):
+    OwnMetrics(registry)
+    assert exposed(registry)["kproxy_drift_detected_total"] == {
+        (("found", "changed"),): 0,
+        (("found", "foreign"),): 0,
+        (("found", "missing"),): 0,
+    }
+
+
 def test_help_is_given_for_every_family(registry):
     use_everything(ProxyMetrics(registry), NftablesMetrics(registry), OwnMetrics(registry))
     text = generate_latest(registry).decode()
