@@ -11,11 +11,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
+import structlog
 
 _CONNTRACK_MAX_CAP = 1 << 20  # for what the cores ask (kube-proxy 1.36)
 _CONNTRACK = "proc/sys/net/netfilter/nf_conntrack_"
 _HASH_SIZE = "sys/module/nf_conntrack/parameters/hashsize"
 _ENTRIES_PER_BUCKET = 4
+
+log = structlog.get_logger(__name__)
 
 
 class SysctlError(Exception):
@@ -121,6 +124,9 @@ def _count(ranges: str) -> int:
 def set_oom_score_adjustment(value: int, root: Path = Path("/")) -> None:
     """Tell the kernel how eagerly to kill this process when memory runs out: -1000 (never) … 1000.
 
-    Raises SysctlError; a proxy that may not set it works all the same.
+    A failure is only logged: a proxy that may not set it works all the same.
     """
-    apply([Setting("proc/self/oom_score_adj", value)], root)
+    try:
+        apply([Setting("proc/self/oom_score_adj", value)], root)
+    except SysctlError as e:
+        log.warning("the OOM score stays as it is", error=str(e))

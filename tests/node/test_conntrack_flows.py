@@ -173,12 +173,11 @@ def test_tcp_connections_outlive_their_endpoint(node: UDPNode):
             assert server.recv(99) == b"still here"
 
 
-def test_entries_of_other_zones_are_not_ours(node: UDPNode):
+@pytest.mark.parametrize("zone", ["ct zone set 7", "ct original zone set 7"], ids=["both ways", "one way"])
+def test_entries_of_other_zones_are_not_ours(node: UDPNode, zone: str):
     """Open vSwitch tracks a pod's flow to a service in a zone of its own, before it is translated."""
-    node.netns.command(
-        "nft", "-f", "-",
-        stdin="table inet raw { chain o { type filter hook output priority -300; udp sport 40001 ct zone set 7; }\n}",
-    )  # fmt: skip
+    rule = f"type filter hook output priority -300; udp sport 40001 {zone};"
+    node.netns.command("nft", "-f", "-", stdin=f"table inet raw {{ chain out {{ {rule} }}\n}}\n")
     server = node.listen("10.96.0.10", 53)
     for port in (40001, 40002):
         node.client(port=port).sendto(b"1", ("10.96.0.10", 53))
