@@ -84,13 +84,11 @@ class Lab:
         if flow.origin is Origin.NODE and flow.protocol is Protocol.TCP:
             # The node's own stack has answered the SYN ACK with an ACK.
             return Conversation(answer, _outcome([s for s in sightings if s.device]))
-        self._send(connection, Turn.NEXT)
-        return Conversation(answer, _outcome(self._sightings([tag])[tag]))
+        return Conversation(answer, self.go_on(connection))
 
-    def resend(self, connection: Connection) -> Outcome:
-        """Send the first packet of a connection once more, for instance after its endpoint has gone."""
-        self.sent += 1
-        self._send(connection, Turn.OPEN)
+    def go_on(self, connection: Connection) -> Outcome:
+        """Send one more packet of a connection, whatever has happened meanwhile."""
+        self._send(connection, Turn.NEXT)
         return _outcome(self._sightings([connection.tag])[connection.tag])
 
     def flush_conntrack(self) -> None:

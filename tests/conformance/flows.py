@@ -1,0 +1,143 @@
+"""A recorded scenario of packet flows, and the laboratory it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from kproxy.model import DetectLocalMode, Family, Protocol
+from tests.lab.expectations import Action, Expectation, complaints
+from tests.lab.flows import Flow, Origin
+from tests.lab.packets import Lab
+from tests.lab.proxy import Item, Proxy
+
+ORIGINS = {
+    "pod": Origin.POD,
+    "external": Origin.OUTSIDE,
+    "node": Origin.NODE,
+    "loopback": Origin.NODE,
+}
+
+
+class World:
+    """What is in force at some step of a scenario: configuration and objects."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = dict(config)
+        self._objects: dict[tuple[str, str, str], Item] = {}
+
+    def advance(self, step: Mapping[str, Any]) -> None:
+        """Take a step's changes in."""
+        self.config |= step.get("config_change", {})
+        for item in step["delete"]:
+            del self._objects[_identity(item)]
+        for item in step["apply"]:
+            self._objects[_identity(item)] = item
+
+    @property
+    def family(self) -> Family:
+        """The one family of the recorded proxier."""
+        return Family[self.config["ip_family"]]
+
+    @property
+    def objects(self) -> list[Item]:
+        """Everything in force, the node and its service CIDRs included."""
+        return [*self.surroundings(), *self._objects.values()]
+
+    @property
+    def sticky(self) -> bool:
+        """Whether a first connection can decide where the next one goes."""
+        return any(item.get("spec", {}).get("sessionAffinity") == "ClientIP" for item in self._objects.values())
+
+    def slices(self) -> list[Item]:
+        """The EndpointSlices in force."""
+        return [item for item in self._objects.values() if item["kind"] == "EndpointSlice"]
+
+    def surroundings(self) -> Iterator[Item]:
+        """Objects that the recording has as configuration."""
+        metadata = {"name": self.config["node_name"], "labels": self.config["node_labels"]}
+        addresses = [{"type": "InternalIP", "address": self.config["node_ip"]}]
+        yield {"apiVersion": "v1", "kind": "Node", "metadata": metadata, "status": {"addresses": addresses}}
+        yield {
+            "apiVersion": "networking.k8s.io/v1",
+            "kind": "ServiceCIDR",
+            "metadata": {"name": "kubernetes"},
+            "spec": {"cidrs": self.config.get("service_cidrs") or []},
+        }
+
+    def configuration(self) -> dict[str, Any]:
+        """The recorded configuration as a KubeProxyConfiguration."""
+        config, mode = self.config, self.config["proxy_mode"]
+        detect = config["detect_local"]
+        chosen: dict[str, Any] = {
+            "mode": mode,
+            "hostnameOverride": config["node_name"],
+            "nodePortAddresses": config["node_port_addresses"] or ["0.0.0.0/0", "::/0"],
+        }
+        part: dict[str, Any] = {"masqueradeAll": config["masquerade_all"]}
+        if config["masquerade_bit"] is not None:
+            part["masqueradeBit"] = config["masquerade_bit"]
+        if "localhost_node_ports" in config:
+            part["localhostNodePorts"] = config["localhost_node_ports"]
+        chosen["nftables" if mode == "nftables" else "iptables"] = part
+        if config.get("conntrack_tcp_be_liberal"):
+            chosen["conntrack"] = {"tcpBeLiberal": True}
+        match detect["mode"]:
+            case DetectLocalMode.CLUSTER_CIDR:
+                chosen["clusterCIDR"] = detect["cidr"]
+            case DetectLocalMode.BRIDGE_INTERFACE:
+                chosen["detectLocal"] = {"bridgeInterface": detect["bridge_interface"]}
+            case DetectLocalMode.INTERFACE_NAME_PREFIX:
+                chosen["detectLocal"] = {"interfaceNamePrefix": detect["interface_prefix"]}
+        if detect["mode"] != "None":
+            chosen["detectLocalMode"] = detect["mode"]
+        return chosen
+
+    def lab_arguments(self) -> dict[str, Any]:
+        """The node that the recording describes."""
+        config = self.config
+        interfaces = {name: addresses for name, addresses in config["interfaces"].items() if name != "lo"}
+        own = {a.partition("/")[0] for addresses in interfaces.values() for a in addresses}
+        own |= set(config.get("local_ips") or [])
+        detect = config["detect_local"]
+        pods = detect.get("bridge_interface") or (detect.get("interface_prefix") or "pods")
+        return {
+            "addresses": sorted(a for a in own if a not in ("127.0.0.1", "::1")),
+            "outside": next(iter(interfaces), "eth0"),
+            "pods": pods,
+        }
+
+
+def flow_complaints(lab: Lab, proxy: Proxy, world: World, recorded: Mapping[str, Any]) -> list[str]:
+    """What is wrong with one recorded flow; empty if nothing."""
+    flow = Flow(
+        ORIGINS[recorded["source_kind"]],
+        recorded["source_ip"],
+        recorded["dest_ip"],
+        recorded["dest_port"],
+        Protocol(recorded["protocol"]),
+    )
+    expected = _expectation(recorded["expect"])
+
+    def forget_clients() -> None:
+        """An endpoint that leaves loses its clients; so nobody is remembered when all have left and come back."""
+        proxy.delete(*world.slices())
+        proxy.sync()
+        proxy.apply(*world.slices())
+        proxy.sync()
+
+    found = complaints(lab, flow, expected, before_each_try=forget_clients if world.sticky else None)
+    return [f"{recorded['name']}: {complaint}" for complaint in found]
+
+
+def _expectation(expect: Mapping[str, Any]) -> Expectation:
+    # Packets alone cannot tell "accept" from "pass".
+    action = Action.PASS if expect["action"] == "accept" else Action(expect["action"])
+    if action is not Action.DNAT:
+        return Expectation(action)
+    endpoints = frozenset((d["ip"], d["port"]) for d in expect["destinations"])
+    return Expectation(action, endpoints, expect["masquerade"])
+
+
+def _identity(item: Item) -> tuple[str, str, str]:
+    return item["kind"], item["metadata"].get("namespace", ""), item["metadata"]["name"]

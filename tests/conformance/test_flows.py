@@ -1,0 +1,88 @@
+"""Kubernetes' own proxy tests with real packets: the recorded objects in, the recorded flows through the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+
+from tests.conformance.flows import World, flow_complaints
+from tests.conformance.recorded import read
+from tests.lab.packets import Lab
+from tests.lab.proxy import InProcess, Proxy
+
+FLOWS = read("flows-nftables.json")
+
+MakeProxy = Callable[[Lab, World], Proxy]
+
+
+@pytest.fixture
+def make_proxy() -> Iterator[MakeProxy]:
+    """Makes proxies that are closed when the test ends."""
+    made: list[Proxy] = []
+
+    def make(lab: Lab, world: World) -> Proxy:
+        made.append(InProcess(lab.netns, world.configuration(), [world.family]))
+        return made[-1]
+
+    yield make
+    for proxy in made:
+        proxy.close()
+
+
+def scenarios() -> list[Any]:
+    return [pytest.param(s, id=s["id"].partition("/")[2]) for s in FLOWS["scenarios"]]
+
+
+@pytest.mark.parametrize("scenario", scenarios())
+def test_one_proxy_through_all_steps(scenario: dict[str, Any], make_lab, make_proxy: MakeProxy) -> None:
+    world = World(scenario["config"])
+    lab = start_lab(scenario, world, make_lab)
+    proxy = make_proxy(lab, world)
+    proxy.apply(*world.surroundings())
+
+    for step in scenario["steps"]:
+        world.advance(step)
+        proxy.delete(*step["delete"])
+        proxy.apply(*step["apply"])
+        check(lab, proxy, world, step)
+
+
+@pytest.mark.parametrize("scenario", scenarios())
+def test_a_proxy_that_is_restarted_before_each_step(scenario: dict[str, Any], make_lab, make_proxy: MakeProxy) -> None:
+    world = World(scenario["config"])
+    lab = start_lab(scenario, world, make_lab)
+
+    for step in scenario["steps"]:
+        world.advance(step)
+        proxy = make_proxy(lab, world)
+        proxy.apply(*world.objects)
+        check(lab, proxy, world, step)
+        proxy.close()
+
+
+@pytest.mark.parametrize("scenario", scenarios())
+def test_a_fresh_proxy_for_each_step(scenario: dict[str, Any], make_lab, make_proxy: MakeProxy) -> None:
+    world = World(scenario["config"])
+
+    for step in scenario["steps"]:
+        world.advance(step)
+        lab = start_lab(scenario, world, make_lab)
+        proxy = make_proxy(lab, world)
+        proxy.apply(*world.objects)
+        check(lab, proxy, world, step)
+
+
+def start_lab(scenario: Mapping[str, Any], world: World, make_lab: Callable[..., Lab]) -> Lab:
+    lab = make_lab(**world.lab_arguments())
+    if "initial_kernel_state" in scenario:
+        lab.netns.command("nft", "-f", "-", stdin=scenario["initial_kernel_state"])
+    return lab
+
+
+def check(lab: Lab, proxy: Proxy, world: World, step: Mapping[str, Any]) -> None:
+    proxy.sync()
+    lab.flush_conntrack()
+    found = [complaint for flow in step["flows"] for complaint in flow_complaints(lab, proxy, world, flow)]
+    assert found == []

@@ -1,0 +1,173 @@
+"""The proxy under test, through one seam: objects in, a sync, and the kernel of a namespace is as it should be.
+
+`InProcess` drives state, reconciler and dataplane directly, which takes milliseconds; `CommandLine` starts kproxy as a
+user does, with a configuration file and a directory of manifests. Objects are those of the API as JSON has them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import msgspec
+
+from kproxy import model
+from kproxy.api.events import Changed, Deleted, Listed
+from kproxy.api.objects import KINDS
+from kproxy.cluster import ClusterState
+from kproxy.config.decode import decode
+from kproxy.config.defaults import defaulted, with_mode
+from kproxy.config.v1alpha1 import API_VERSION, KIND, Configuration, ProxyMode
+from kproxy.conntrack import Conntrack, UDPService
+from kproxy.dataplane.base import Dataplane
+from kproxy.dataplane.nftables.dataplane import NftablesDataplane
+from kproxy.dataplane.nftables.kernel import NftablesKernel
+from kproxy.facts import Facts
+from kproxy.model import Family
+from kproxy.node_addresses import local_addresses
+from kproxy.reconcile import Reconciler
+from tests.lab.namespaces import Namespace
+
+ROOT = Path(__file__).resolve().parents[2]
+
+Item = Mapping[str, Any]
+
+
+class Proxy(Protocol):
+    """A proxy on the node of a namespace. What it wrote stays in force when it is closed."""
+
+    def apply(self, *items: Item) -> None:
+        """Objects were created or replaced."""
+
+    def delete(self, *items: Item) -> None:
+        """Objects were deleted; kind, namespace and name suffice."""
+
+    def sync(self) -> None:
+        """Bring the kernel up to date. Raises what the proxy raises."""
+
+    def close(self) -> None:
+        """End the proxy."""
+
+
+class InProcess:
+    """Drives the proxy's parts in this process; what they open is opened in the namespace."""
+
+    def __init__(self, netns: Namespace, config: Item, families: Iterable[Family] = Family) -> None:
+        read, problems = decode(Configuration, config)
+        if any(problems):
+            raise ValueError(f"configuration: {problems}")
+        mode = read.mode or ProxyMode.NFTABLES
+        self._config = with_mode(defaulted(read), mode)
+        self._netns = netns
+        self._families = tuple(families)
+        self.notes: list[str] = []
+        self.state = ClusterState(
+            self._config.hostname_override,
+            self._families,
+            note=self.notes.append,
+            allow_external_ips=self._config.allow_external_ips,
+        )
+        for kind in KINDS:
+            self.state.apply(Listed(kind, frozenset()))
+        self._facts = Facts(self._config, mode, self._families, self.state, local_addresses)
+        self._resources = ExitStack()
+        self._dataplane = netns.run(_open, mode, self._families, self._resources)
+        self._reconciler: Reconciler | None = None
+        self._conntrack = Conntrack()
+
+    def apply(self, *items: Item) -> None:
+        for item in items:
+            self.state.apply(Changed(item["kind"], msgspec.convert(item, KINDS[item["kind"]])))
+
+    def delete(self, *items: Item) -> None:
+        for item in items:
+            self.state.apply(Deleted(item["kind"], msgspec.convert(item, KINDS[item["kind"]])))
+
+    def sync(self) -> None:
+        self._netns.run(self._sync)
+
+    def _sync(self) -> None:
+        facts = self._facts()
+        if facts is None:
+            raise ValueError("the node's facts are not known yet: is there a Node object?")
+        if self._reconciler is None:
+            self._reconciler = Reconciler(self.state, self._dataplane, facts)
+        else:
+            self._reconciler.set_facts(facts)
+        self._reconciler.sync()
+        ports = [port for name in self.state.services() for port in self.state.service_ports(name)]
+        chosen = [facts.node_port_addresses.get(family) for family in self._families]
+        addresses = None if None in chosen else [address for own in chosen for address in own or ()]
+        frontends = {
+            (route.service_port.name, route.service_port.family): route.frontends
+            for name in self.state.services()
+            for route in self.state.routes(name)
+        }
+        self._conntrack.reconcile(
+            [
+                UDPService(
+                    tuple(frontend for _, frontend in frontends[port.name, port.family]),
+                    tuple(self.state.endpoints(port)),
+                )
+                for port in ports
+                if port.name.protocol is model.Protocol.UDP
+            ],
+            addresses,
+        )
+
+    def close(self) -> None:
+        self._resources.close()
+
+
+class CommandLine:
+    """Runs `kproxy --once` for each sync."""
+
+    def __init__(self, netns: Namespace, config: Item) -> None:
+        self._netns = netns
+        self._folder = TemporaryDirectory(prefix="kproxy-")
+        self._config = Path(self._folder.name, "config.yaml")
+        self._config.write_text(json.dumps({"apiVersion": API_VERSION, "kind": KIND, **config}))
+        self._manifests = Path(self._folder.name, "manifests")
+        self._manifests.mkdir()
+
+    def apply(self, *items: Item) -> None:
+        for item in items:
+            self._file(item).write_text(json.dumps(item))
+
+    def delete(self, *items: Item) -> None:
+        for item in items:
+            self._file(item).unlink(missing_ok=True)
+
+    def sync(self) -> None:
+        self._netns.command(
+            sys.executable,
+            "-m",
+            "kproxy",
+            "--once",
+            "--config",
+            str(self._config),
+            "--manifests",
+            str(self._manifests),
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+
+    def close(self) -> None:
+        self._folder.cleanup()
+
+    def _file(self, item: Item) -> Path:
+        metadata = item["metadata"]
+        return self._manifests / f"{item['kind']}-{metadata.get('namespace', '')}-{metadata['name']}.json"
+
+
+def _open(mode: ProxyMode, families: Sequence[Family], resources: ExitStack) -> Dataplane:
+    match mode:
+        case ProxyMode.NFTABLES:
+            return NftablesDataplane(resources.enter_context(NftablesKernel(families)))
+        case _:
+            raise ValueError(f"mode {mode} cannot be driven yet")
