@@ -72,10 +72,11 @@ class Expectation:
         self._serving: dict[bytes, set[bytes]] = {}
         self._node_ports: dict[bytes, set[bytes]] = {}
         for service in services:
+            frontends = [f for f in service.frontends if f.family is family and f.protocol is Protocol.UDP]
+            if not frontends:
+                continue
             serving = {socket_address(e.address, e.port) for e in service.endpoints if e.serving}
-            for frontend in service.frontends:
-                if frontend.family is not family or frontend.protocol is not Protocol.UDP:
-                    continue
+            for frontend in frontends:
                 if frontend.address:
                     key = socket_address(frontend.address, frontend.port)
                     self._serving.setdefault(key, set()).update(serving)
