@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from http.client import IncompleteRead
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -102,6 +103,13 @@ class Response:
         with _errors_of(self._request):
             return self._raw.read1(1 << 16)
 
+    def allow_silence(self, seconds: float) -> None:
+        """Change how long the server may be silent from now on."""
+        connection = self._raw.connection
+        sock = getattr(connection, "sock", None)  # None where the server closes after this answer
+        if sock is not None:
+            sock.settimeout(seconds)
+
     def shutdown(self) -> None:
         """End the reading, from any thread: whoever reads sees the end of the body or an ApiError."""
         try:
@@ -152,13 +160,12 @@ class Connection:
         """
         if limited and (delay := self._limit.reserve()):
             time.sleep(delay)
-        target = f"{path}?{urlencode(query)}" if query else path
         session = self._session
         try:
-            return self._send(session, method, target, body, read_seconds)
+            return self._send(session, method, path, query or {}, body, read_seconds)
         except CredentialsError:
             session = self._renewed(session)
-        return self._send(session, method, target, body, read_seconds)
+        return self._send(session, method, path, query or {}, body, read_seconds)
 
     def post(self, path: str, body: bytes) -> int:
         """Create an object. Returns the HTTP status, 0 where no answer came."""
@@ -169,8 +176,16 @@ class Connection:
         except ApiError as error:
             return error.status
 
-    def _send(self, session: _Session, method: str, target: str, body: bytes | None, read_seconds: float) -> Response:
-        request = f"{method} {session.server}{target}"
+    def _send(
+        self,
+        session: _Session,
+        method: str,
+        path: str,
+        query: Mapping[str, str],
+        body: bytes | None,
+        read_seconds: float,
+    ) -> Response:
+        request = f"{'WATCH' if 'watch' in query else method} {session.server}{path}"  # for messages
         headers = {"Accept": "application/json", "User-Agent": f"kproxy/{__version__}"}
         if body is not None:
             headers["Content-Type"] = "application/json"
@@ -184,7 +199,7 @@ class Connection:
         with _errors_of(request):
             raw = session.pool.urlopen(
                 method,
-                session.server + target,
+                f"{session.server}{path}?{urlencode(query)}" if query else session.server + path,
                 body=body,
                 headers=headers,
                 timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=read_seconds),
@@ -323,6 +338,8 @@ def _errors_of(request: str) -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """What lies at the bottom of a chain of errors, in one line."""
-    while (deeper := error.__cause__ or error.__context__) is not None:
-        error = deeper
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, IncompleteRead):
+        return "the connection was cut"
     return " ".join(str(error).split()) or type(error).__name__

@@ -105,9 +105,18 @@ class Watch:
         while not self._stopped.is_set():
             delay = 0.0
             try:
-                if not self._version or self._clock() >= self._relist_at:
-                    self._list()
-                self._watch()
+                if self._version and self._clock() < self._relist_at:
+                    self._watch(None)
+                elif self._stream:
+                    self._watch(_Listing())
+                else:
+                    self._complete(self._list_by_pages(self._pace.page))
+                    self._watch(None)
+            except _NoStreamError as error:
+                self._stream = False
+                _log.info(
+                    "lists come in pages, since the server does not stream them", kind=self.kind, reason=str(error)
+                )
             except _RelistError as doubt:
                 self._version = ""
                 delay = self._retry_delay()
@@ -119,10 +128,9 @@ class Watch:
 
     # --- list
 
-    def _list(self) -> None:
-        listing = self._list_by_stream() if self._stream else None
-        if listing is None:
-            listing = self._list_by_pages(self._pace.page)
+    def _complete(self, listing: _Listing) -> None:
+        if not listing.version:
+            raise ApiError(f"{self._url()}: the list has no resourceVersion")
         self._version = listing.version
         self._relist_at = self._clock() + self._pace.relist * self._random.uniform(0.9, 1.1)
         self._listed = True
@@ -153,11 +161,8 @@ class Watch:
                 self._list_unreadable(unreadable, listing)
             listing.version = listing.version or page.metadata.resource_version
             if not page.metadata.continue_:
-                break
+                return listing
             query["continue"] = page.metadata.continue_
-        if not listing.version:
-            raise ApiError(f"{self._url()}: the list has no resourceVersion")
-        return listing
 
     def _list_object(self, item: Object, listing: _Listing) -> None:
         if concerns_us(item):
@@ -167,39 +172,6 @@ class Watch:
     def _list_unreadable(self, error: UnreadableError, listing: _Listing) -> None:
         _log.warning("an object cannot be read; what was known of it stays", error=str(error))
         listing.keys.add((error.metadata.namespace, error.metadata.name))
-
-    def _list_by_stream(self) -> _Listing | None:
-        """None where the server cannot; it is not asked again."""
-        try:
-            return self._read_stream()
-        except _NoStreamError as error:
-            self._stream = False
-            _log.info("lists come in pages, since the server does not stream them", kind=self.kind, reason=str(error))
-            return None
-
-    def _read_stream(self) -> _Listing:
-        query = {
-            **self._resource.selectors,
-            "watch": "true",
-            "sendInitialEvents": "true",
-            "resourceVersionMatch": "NotOlderThan",
-            "allowWatchBookmarks": "true",
-        }
-        listing = _Listing()
-        try:
-            with self._open(query, self._pace.stream_silence) as response:
-                for line in response.lines():
-                    if self._took_initial(_event(line), listing):
-                        return listing
-        except SilentError as error:
-            raise _NoStreamError("the end of the initial events was not announced") from error
-        except ApiError as error:
-            if error.status in (400, 405, 406, 415, 422, 501):
-                raise _NoStreamError(str(error)) from error
-            raise
-        if self._stopped.is_set():
-            raise ApiError("stopped")
-        raise _NoStreamError("the stream ended before the end of the initial events was announced")
 
     def _took_initial(self, event: WatchEvent, listing: _Listing) -> bool:
         """Add an initial event to the list; whether it was the last one."""
@@ -226,39 +198,57 @@ class Watch:
 
     # --- watch
 
-    def _watch(self) -> None:
-        length = min(self._random.uniform(*self._pace.watch), max(self._relist_at - self._clock(), 1.0))
-        query = {
-            **self._resource.selectors,
-            "watch": "true",
-            "allowWatchBookmarks": "true",
-            "resourceVersion": self._version,
-            "timeoutSeconds": str(max(1, int(length))),
-        }
+    def _watch(self, listing: _Listing | None) -> None:
+        """Watch from the known version or, given a list to fill, from the list that the watch itself begins with."""
+        query = self._watch_query(streamed=listing is not None)
         began = self._clock()
-        heard = False
+        established = heard = False
         try:
-            with self._open(query, self._pace.silence) as response:
-                self._deliver(Alive(self.kind))
+            with self._open(query, self._pace.stream_silence if listing else self._pace.silence) as response:
+                established = True
+                if listing is None:
+                    self._deliver(Alive(self.kind))
                 self._recovered()
                 for line in response.lines():
-                    self._took(_event(line))
-                    self._failures = 0
+                    if listing is None:
+                        self._took(_event(line))
+                    elif self._took_initial(_event(line), listing):
+                        self._complete(listing)
+                        listing = None
+                        response.allow_silence(self._pace.silence)
                     heard = True
-                    if self._clock() >= self._relist_at:
+                    self._failures = 0
+                    if listing is None and self._clock() >= self._relist_at:
                         return
         except SilentError as error:
-            if heard or self._clock() - began >= self._pace.silence:
-                # Half open, or a server without bookmarks: a new watch tells which.
-                _log.debug("a silent watch is begun anew", kind=self.kind, error=str(error))
-                return
-            raise
+            if not established:
+                raise
+            if listing is not None:
+                raise _NoStreamError("the end of the initial events was not announced") from error
+            # Half open, or a server without bookmarks: a new watch tells which.
+            _log.debug("a silent watch is begun anew", kind=self.kind, error=str(error))
+            return
         except ApiError as error:
             if error.status == 410:
                 raise _RelistError(str(error)) from error
+            if listing is not None and error.status in (400, 405, 406, 415, 422, 501):
+                raise _NoStreamError(str(error)) from error
             raise
+        if listing is not None and not self._stopped.is_set():
+            raise _NoStreamError("the stream ended before the end of the initial events was announced")
         if not heard and self._clock() - began < 1.0:
             raise ApiError(f"{self._url()}: the watch ended at once")
+
+    def _watch_query(self, *, streamed: bool) -> dict[str, str]:
+        query = dict(self._resource.selectors)
+        if streamed:
+            query |= {"sendInitialEvents": "true", "resourceVersionMatch": "NotOlderThan"}
+            until_list = self._pace.relist
+        else:
+            query["resourceVersion"] = self._version
+            until_list = self._relist_at - self._clock()
+        length = max(1, int(min(self._random.uniform(*self._pace.watch), until_list)))
+        return query | {"watch": "true", "allowWatchBookmarks": "true", "timeoutSeconds": str(length)}
 
     def _took(self, event: WatchEvent) -> None:
         match event.type:
