@@ -10,8 +10,9 @@ import msgspec
 import structlog
 
 from kproxy.http import message
+from kproxy.http.address import ListenAddress, Network
 from kproxy.http.message import Handler, Request, Response
-from kproxy.http.server import HttpServer, ListenAddress, Listener, Network
+from kproxy.http.server import HttpServer, Listener
 from kproxy.model import Family, ServiceName
 
 log = structlog.get_logger(__name__)

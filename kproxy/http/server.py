@@ -9,7 +9,6 @@ its own, one after the other. Nothing wakes up while nobody asks.
 from __future__ import annotations
 
 import errno
-import ipaddress
 import math
 import selectors
 import socket
@@ -19,11 +18,12 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from enum import Enum
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import msgspec
 import structlog
 
+from kproxy.http.address import ListenAddress, bind
 from kproxy.http.message import (
     BadRequestError,
     Handler,
@@ -35,44 +35,19 @@ from kproxy.http.message import (
     parse_head,
     text,
 )
-from kproxy.model import Family, join_host_port
 
 RETRY_SECONDS = 5.0  # between attempts to bind (reference: 6.1, 7.2)
 REQUEST_SECONDS = 10.0  # to send a request, once it has begun
 WRITE_SECONDS = 30.0  # to take an answer
 IDLE_SECONDS = 180.0  # between two requests of a connection; above the usual scrape intervals
 LINGER_SECONDS = 2.0  # for a client to read the answer to a request that was not read to its end
-MAX_CONNECTIONS = 256  # a further one replaces the one that is closest to its deadline
+MAX_CONNECTIONS = 256  # a further one replaces the one that has been waiting longest
 
 _RECEIVE = 64 << 10
-_WILDCARDS = ("0.0.0.0", "::")
 
 _T = TypeVar("_T")
-Network = Literal["tcp", "tcp4", "tcp6"]
 
 log = structlog.get_logger(__name__)
-
-
-class ListenAddress(msgspec.Struct, frozen=True):
-    """Where to listen. A wildcard in network "tcp" means both families, as in Go, where the host has IPv6."""
-
-    host: str
-    port: int
-    network: Network = "tcp"
-
-    @classmethod
-    def parse(cls, hostport: str) -> ListenAddress:
-        """From `IP:port` or `[IPv6]:port`. Raises ValueError."""
-        host, colon, port = hostport.rpartition(":")
-        if not colon or not (port.isascii() and port.isdigit()) or int(port) > 65535:
-            raise ValueError(f"{hostport!r} is not an IP address and a port")
-        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-        if ":" in bare and bare is host:
-            raise ValueError(f"{hostport!r}: an IPv6 address needs brackets")
-        return cls(str(ipaddress.ip_address(bare)), int(port))
-
-    def __str__(self) -> str:
-        return join_host_port(self.host, self.port)
 
 
 class Listener:
@@ -98,16 +73,21 @@ class _Phase(Enum):
 
 
 class _Connection:
-    def __init__(self, sock: socket.socket, listener: Listener, deadline: float) -> None:
+    def __init__(self, sock: socket.socket, listener: Listener, now: float) -> None:
         self.sock = sock
         self.listener = listener
-        self.deadline = deadline
-        self.phase = _Phase.READING
+        self.enter(_Phase.READING, now, REQUEST_SECONDS)
         self.watched = 0
         self.received = bytearray()
         self.head: Head | None = None
         self.unsent = memoryview(b"")
         self.keep_alive = False
+
+    def enter(self, phase: _Phase, now: float, patience: float) -> None:
+        """Begin a phase that may last `patience` seconds."""
+        self.phase = phase
+        self.since = now
+        self.deadline = now + patience
 
 
 class HttpServer:
@@ -234,7 +214,7 @@ class HttpServer:
                 log.exception("reporting a failed bind failed")
 
     def _listen(self, address: ListenAddress, handler: Handler) -> Listener:
-        sock = _bind(address)
+        sock = bind(address)
         sock.setblocking(False)
         listener = Listener(self, sock, handler)
         self._listeners.add(listener)
@@ -265,7 +245,7 @@ class HttpServer:
                 self._make_room()
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection = _Connection(sock, listener, self._clock() + REQUEST_SECONDS)
+            connection = _Connection(sock, listener, self._clock())
             self._connections.add(connection)
             self._watch(connection)
 
@@ -274,7 +254,7 @@ class HttpServer:
         waiting = [connection for connection in self._connections if connection.phase is not _Phase.WORKING]
         if not waiting:
             return False
-        self._drop(min(waiting, key=lambda connection: connection.deadline))
+        self._drop(min(waiting, key=lambda connection: connection.since))
         return True
 
     def _drop(self, connection: _Connection) -> None:
@@ -307,7 +287,7 @@ class HttpServer:
                 if connection.phase is _Phase.LINGERING:
                     return
                 if not connection.received and connection.head is None:
-                    connection.deadline = self._clock() + REQUEST_SECONDS
+                    connection.enter(_Phase.READING, self._clock(), REQUEST_SECONDS)
                 connection.received += data
             self._progress(connection)
         except BlockingIOError:
@@ -355,7 +335,7 @@ class HttpServer:
             self._answer(connection, answer)
             return True
         work = answer
-        connection.phase, connection.deadline = _Phase.WORKING, math.inf
+        connection.enter(_Phase.WORKING, self._clock(), math.inf)
         self._work.submit(lambda: self._work_done(connection, _guarded(work, request)))
         return False
 
@@ -383,7 +363,7 @@ class HttpServer:
                 response, version=head.version, keep_alive=head.keep_alive, body=head.request.method != "HEAD"
             )
         connection.unsent = memoryview(data)
-        connection.phase, connection.deadline = _Phase.WRITING, self._clock() + WRITE_SECONDS
+        connection.enter(_Phase.WRITING, self._clock(), WRITE_SECONDS)
 
     def _write(self, connection: _Connection) -> bool:
         """Send what the socket takes; True once everything is sent and the next request may follow."""
@@ -395,11 +375,10 @@ class HttpServer:
             connection.unsent = connection.unsent[sent:]
         now = self._clock()
         if connection.keep_alive:
-            connection.phase = _Phase.READING
-            connection.deadline = now + (REQUEST_SECONDS if connection.received else IDLE_SECONDS)
+            connection.enter(_Phase.READING, now, REQUEST_SECONDS if connection.received else IDLE_SECONDS)
             return True
         # Closing with unread bytes would reset the connection, and the client could lose the answer.
-        connection.phase, connection.deadline = _Phase.LINGERING, now + LINGER_SECONDS
+        connection.enter(_Phase.LINGERING, now, LINGER_SECONDS)
         with suppress(OSError):
             connection.sock.shutdown(socket.SHUT_WR)
         return False
@@ -411,12 +390,3 @@ def _guarded(function: Callable[[], _T], request: Request) -> _T | Response:
     except Exception:
         log.exception("an HTTP handler failed", method=request.method, path=request.path)
         return text(500, "500 Internal Server Error: see the log\n")
-
-
-def _bind(address: ListenAddress) -> socket.socket:
-    """A listening socket. Raises OSError."""
-    backlog = socket.SOMAXCONN
-    if address.network == "tcp" and address.host in _WILDCARDS and socket.has_dualstack_ipv6():
-        return socket.create_server(("::", address.port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
-    family = socket.AF_INET if Family.of(address.host) is Family.IPv4 else socket.AF_INET6
-    return socket.create_server((address.host, address.port), family=family, backlog=backlog)

@@ -1,6 +1,7 @@
 import errno
 import http.client
 import re
+import select
 import socket
 import threading
 import time
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kproxy.http.address import ListenAddress
 from kproxy.http.message import BadRequestError, Head, Request, Response, parse_head, text
 from kproxy.http.server import (
     MAX_CONNECTIONS,
@@ -18,7 +20,6 @@ from kproxy.http.server import (
     RETRY_SECONDS,
     WRITE_SECONDS,
     HttpServer,
-    ListenAddress,
 )
 from tests.observe.http_client import eventually, raw, refused, request
 
@@ -50,7 +51,7 @@ def test_request_body_reaches_the_handler(port):
 
 
 def test_a_body_too_long_to_be_read_does_not_cost_the_client_its_answer(port):
-    reply = request(port, "/", method="POST", body=b"x" * 3_000_000)
+    reply = request(port, "/", method="POST", body=b"x" * 20_000_000)
     assert (reply.status, reply.body) == (200, b"POST /  ")
 
 
@@ -169,10 +170,19 @@ def test_a_client_that_never_reads_is_cut_off(server, clock):
         assert sum(len(data) for data in iter(lambda: client.recv(1 << 20), b"")) < 20_000_000
 
 
-def test_more_connections_than_the_limit_do_not_shut_new_clients_out(port):
-    held = [socket.create_connection(("127.0.0.1", port), timeout=5) for _ in range(MAX_CONNECTIONS + 20)]
+def test_beyond_the_limit_a_new_client_takes_the_place_of_the_one_that_waits_longest(port, clock):
+    held = []
+    for _ in range(MAX_CONNECTIONS):
+        client = socket.create_connection(("127.0.0.1", port), timeout=5)
+        client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        client.recv(4096)  # served, and idle from now on
+        clock.advance(0.01)
+        held.append(client)
+    late = [socket.create_connection(("127.0.0.1", port), timeout=5) for _ in range(20)]
     assert request(port).status == 200
-    for client in held:
+    closed, _, _ = select.select(held + late, [], [], 5)
+    assert set(closed) == set(held[:21])
+    for client in held + late:
         client.close()
 
 

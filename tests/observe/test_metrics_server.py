@@ -7,7 +7,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from kproxy.http.server import ListenAddress
+from kproxy.http.address import ListenAddress
 from kproxy.metrics.families import ProxyMetrics, Registry
 from kproxy.metrics.server import metrics_handler
 from tests.observe.http_client import request

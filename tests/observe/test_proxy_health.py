@@ -5,7 +5,7 @@ import pytest
 
 from kproxy.api.objects import Node, NodeSpec, ObjectMeta, Taint
 from kproxy.health.proxy import TO_BE_DELETED_TAINT, ProxyHealth, probe_handler, rfc3339
-from kproxy.http.server import ListenAddress
+from kproxy.http.address import ListenAddress
 from kproxy.model import Family
 from tests.observe.http_client import request
 

@@ -9,8 +9,8 @@ from kproxy.api.events import Changed, Listed
 from kproxy.api.objects import EndpointSlice, Service
 from kproxy.cluster import ClusterState
 from kproxy.health.services import ServiceHealthChecks
+from kproxy.http.address import ListenAddress
 from kproxy.http.message import text
-from kproxy.http.server import ListenAddress
 from kproxy.model import Family, ServiceName
 from kproxy.reconcile import summarise
 from tests.observe.http_client import refused, request
