@@ -11,7 +11,7 @@ import msgspec
 
 from kproxy.cli.flags import FLAGS, Color, Output, defaults_by_flags
 from kproxy.cli.pflag import Flag, Scanned, read_value, scan
-from kproxy.config.defaults import HEALTHZ_PORT, METRICS_PORT, defaulted, with_port
+from kproxy.config.defaults import HEALTHZ_PORT, METRICS_PORT, with_port
 from kproxy.config.effects import NO_EFFECT, gates_without_effect
 from kproxy.config.errors import ConfigError
 from kproxy.config.files import read_config_file
@@ -37,7 +37,7 @@ class Invocation(msgspec.Struct, frozen=True, kw_only=True):
     """A command line that makes sense; `configuration` is complete and valid."""
 
     action: Action
-    configuration: Configuration = defaulted(Configuration())
+    configuration: Configuration = defaults_by_flags()
     settings: KproxyConfiguration = KproxyConfiguration()
     config_file: Path | None = None
     write_config_to: Path | None = None
@@ -171,7 +171,7 @@ def _from_file(path: Path, given: Mapping[str, Any]) -> tuple[Configuration, Kpr
     if errors:
         raise ConfigError(errors)
     warnings = [*file.warnings, *_idle_flags(counting, given)]
-    if ignored := [f"--{flag.name}" for flag in FLAGS if flag.name in given and not flag.with_config]:
+    if ignored := [f"--{name}" for name in given if name not in {flag.name for flag in counting}]:
         warnings.append(f"ignored because --config is given: {', '.join(ignored)}")
     return config, settings, warnings
 
