@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from tests.lab.apiserver_real import RealApiServer
 from tests.lab.endpoints import EndpointSliceController
 from tests.lab.host import Host
 from tests.lab.pod_server import PodServer
-from tests.lab.proxy_process import HEALTHZ_PORT, METRICS_PORT, ProxyProcess
+from tests.lab.proxy_process import HEALTHZ_PORT, METRICS_PORT, ProxyProcess, kproxy_command, kproxy_environment
 
 CLUSTER_CIDR = "10.244.0.0/16,fd00:244::/32"
 SERVICE_CIDRS = ("10.96.0.0/16", "fd00:96::/112")
@@ -219,6 +220,15 @@ class Cluster:
         self.api.delete("Service", name)
         self._controller.sync()
 
+    def clear(self) -> None:
+        """Remove all Services and pods; nodes, their proxies and the API server stay."""
+        for service in self.api.objects("Service"):
+            if service["metadata"]["name"] != "kubernetes":  # a real API server's own
+                self.api.delete("Service", service["metadata"]["name"])
+        while self.pods:
+            self.pods.pop().close()
+        self._controller.sync()
+
     # The network
 
     def route_from_outside(self, address: str, node: Node) -> None:
@@ -249,6 +259,11 @@ class Cluster:
             node.proxy.start()
         for node in self.nodes:
             node.proxy.wait_until_synced()  # type: ignore[union-attr]
+
+    def kproxy(self, node: Node, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run kproxy on a node to its end, with the flags of the node's proxy before the arguments."""
+        command = kproxy_command([*self.proxy_flags(node), *arguments])
+        return node.namespace.command(*command, env=kproxy_environment(), check=False)
 
     def _host(self, host: HostType) -> HostType:
         self._closing.callback(host.close)

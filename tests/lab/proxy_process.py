@@ -18,13 +18,23 @@ METRICS_PORT = 10249
 _STOP_SECONDS = 10.0
 
 
+def kproxy_command(flags: Sequence[str]) -> tuple[str, ...]:
+    """kproxy as a user starts it."""
+    return (sys.executable, "-m", "kproxy", *flags)
+
+
+def kproxy_environment() -> dict[str, str]:
+    """The environment in which that finds this repository's kproxy."""
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+
+
 class ProxyProcess:
     """`python -m kproxy` in a node's namespace, as users start it. It dies with the thread that holds the namespace,
     so nothing of a killed test run is left behind. The log goes to a file."""
 
     def __init__(self, node: Host, flags: Sequence[str], log: Path) -> None:
         self._node, self.log = node, log
-        self.command = (sys.executable, "-m", "kproxy", *flags)
+        self._command = kproxy_command(flags)
         self._process: subprocess.Popen[str] | None = None
 
     @property
@@ -36,9 +46,8 @@ class ProxyProcess:
         """Start it; returns at once."""
         with self.log.open("ab") as log:
             self._process = self._node.namespace.start(
-                ("setpriv", "--pdeathsig", "KILL", *self.command),
-                cwd=REPOSITORY,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                ("setpriv", "--pdeathsig", "KILL", *self._command),
+                env=kproxy_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -62,7 +71,7 @@ class ProxyProcess:
 
         def synced() -> bool:
             if not self.running:
-                raise AssertionError(f"kproxy on {self._node} has ended\n{self.log_end()}")
+                raise AssertionError(f"kproxy on {self._node} has ended")
             return self.metric("kubeproxy_sync_proxy_rules_last_timestamp_seconds") > 0
 
         try:
