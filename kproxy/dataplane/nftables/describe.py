@@ -25,7 +25,7 @@ def describe(key: Key, value: Value) -> str:
         case ChainKey(family, name):
             return f"{FAMILY_WORDS[family]} chain {name}{_chain(value)}"
         case other:
-            return f"{other} {value}"
+            return str(other)
 
 
 def _element(key: bytes, value: Value) -> str:
@@ -33,15 +33,16 @@ def _element(key: bytes, value: Value) -> str:
     if container is None:
         return f"element {key.hex()}"
     where = " . ".join(container.show_key(key)) if len(key) > 1 else "*"
+    what = f"{FAMILY_WORDS[container.family]} {container}"
     match value:
         case bytes():
-            return f"{container}: {where} → {container.show_address_port(value)}"
+            return f"{what}: {where} → {container.show_address_port(value)}"
         case (str(verdict), str(comment)):
-            return f"{container}: {where} → {verdict}{_note(comment)}"
+            return f"{what}: {where} → {verdict}{_note(comment)}"
         case str(comment):
-            return f"{container}: {where}{_note(comment)}"
+            return f"{what}: {where}{_note(comment)}"
         case _:
-            return f"{container}: {where}"
+            return f"{what}: {where}"
 
 
 def _note(comment: str) -> str:

@@ -53,7 +53,7 @@ class NftablesKernel:
             raise UnsupportedError(f"nftables mode: no netlink socket to netfilter: {error.strerror}") from error
         self._families = tuple(families)
         self._known_features = features
-        self._owned: set[Family] = set()
+        self._settled: set[Family] = set()  # families whose table needs no taking over
 
     def __enter__(self) -> Self:
         return self
@@ -220,28 +220,27 @@ class NftablesKernel:
                     ) from None
                 continue
             break
-        self._note_ownership(changes)
+        self._note_settled(changes)
 
     def _plan(self, changes: list[Change], also_delete: Iterable[tuple[str, str]]) -> list[Unit]:
         try:
-            taken_over = self._taken_over(changes)
-            removal = Msg.DESTROYSETELEM if self.features.destroy else Msg.DELSETELEM
-            present = changes if self.features.destroy else self._without_expired(changes)
-            deleted = [(step,) for step in self._foreign_tables(also_delete)]
+            deleted: list[Unit] = [(step,) for step in self._foreign_tables(also_delete)]
+            if not changes:
+                return deleted
+            owner, destroy = self.features
+            taken_over = self._taken_over(changes) if owner else []
+            present = changes if destroy else self._without_expired(changes)
         except OSError as error:
             raise ApplyError(f"nftables: {error.strerror}", transient=True) from error
-        return taken_over + plan(present, self._table_flags, removal) + deleted
-
-    @property
-    def _table_flags(self) -> int:
-        return OWNED_AND_PERSISTENT if self.features.owner else 0
+        flags = OWNED_AND_PERSISTENT if owner else 0
+        return taken_over + plan(present, flags, Msg.DESTROYSETELEM if destroy else Msg.DELSETELEM) + deleted
 
     def _taken_over(self, changes: list[Change]) -> list[Unit]:
         """What makes tables ours whose owner has gone."""
         units: list[Unit] = []
         replaced = {change.key for change in changes if isinstance(change.key, TableKey)}
         for family in self._families:
-            if not self.features.owner or family in self._owned or not changes:
+            if family in self._settled:
                 continue
             table = self._table(family)
             if table is None:
@@ -256,11 +255,11 @@ class NftablesKernel:
                 units.append((Step(message, (TableKey(family),)),))
         return units
 
-    def _note_ownership(self, changes: list[Change]) -> None:
-        if not self.features.owner or not changes:
+    def _note_settled(self, changes: list[Change]) -> None:
+        if not changes:
             return
-        self._owned.update(self._families)
-        self._owned.difference_update(c.key.family for c in changes if isinstance(c.key, TableKey) and c.new is None)
+        self._settled.update(self._families)
+        self._settled.difference_update(c.key.family for c in changes if isinstance(c.key, TableKey) and c.new is None)
 
     def _without_expired(self, changes: list[Change]) -> list[Change]:
         """Without removals of learned elements that are not there any more, for a kernel that would refuse them."""
@@ -352,9 +351,11 @@ def _refuse(errors: list[MessageError], steps: list[Step]) -> NoReturn:
     error, step = (structural or refused)[0]
     what = _culprits(error, step)
     subject = describe(what[0], None) if what else f"one of {len(step.keys)} elements"
-    reason = errno.errorcode.get(error.errno, str(error.errno))
+    said = error.text or os.strerror(error.errno)
+    if error.errno == errno.EPERM:
+        said += "; the table belongs to another running process"
     raise ApplyError(
-        f"nftables: {step.message.type.name} {subject}: {error.text or os.strerror(error.errno)} ({reason})",
+        f"nftables: {step.message.type.name} {subject}: {said} ({errno.errorcode.get(error.errno, error.errno)})",
         tuple(culprits),
         transient=all(error.errno in _TRANSIENT for error, _ in refused),
     )
