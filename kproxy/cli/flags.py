@@ -90,7 +90,7 @@ GROUPS = (
             Flag(
                 "dry-run",
                 BOOL,
-                "print what would change in the kernel, change nothing, and exit",
+                "print what would change in the kernel and exit (0: nothing, 1: something, 2: error)",
                 with_config=True,
             ),
             Flag("output", _one_of(Output, Output.TEXT), "form of what is printed", shorthand="o", with_config=True),

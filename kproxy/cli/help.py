@@ -14,7 +14,7 @@ kproxy programs this node's kernel for the Services of a Kubernetes cluster.
 
 Usage:
   kproxy [flags]
-  kproxy explain [flags] SOURCE DESTINATION:PORT
+  kproxy explain [flags] SOURCE DESTINATION:PORT[/PROTOCOL] [INTERFACE]
 
 It takes kube-proxy's flags, and some of its own. Durations are written as 30s, 1h2m or 100ms.
 [+] marks flags that count beside --config; every other flag is ignored there.

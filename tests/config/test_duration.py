@@ -1,6 +1,8 @@
 """Durations are read and printed as Go does."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kproxy.config.duration import Duration
 
@@ -40,3 +42,8 @@ def test_anything_else_is_refused_with_what_was_given(text):
     with pytest.raises(ValueError, match=r"is not a duration|is longer than") as error:
         Duration.parse(text)
     assert f'"{text}"' in str(error.value)
+
+
+@given(st.integers(-(2**63) + 1, 2**63 - 1))
+def test_every_duration_that_go_can_hold_survives_being_printed(nanoseconds):
+    assert Duration.parse(str(Duration(nanoseconds))) == nanoseconds

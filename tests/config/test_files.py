@@ -1,6 +1,7 @@
 """Configuration files: what deployments really contain, every field, and what is said about bad ones."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -21,89 +22,9 @@ from kproxy.config.v1alpha1 import (
 )
 from kproxy.model import DetectLocalMode
 
-KUBEADM = """
-apiVersion: kubeproxy.config.k8s.io/v1alpha1
-bindAddress: 0.0.0.0
-bindAddressHardFail: false
-clientConnection:
-  acceptContentTypes: ""
-  burst: 0
-  contentType: ""
-  kubeconfig: /var/lib/kube-proxy/kubeconfig.conf
-  qps: 0
-clusterCIDR: 10.244.0.0/16
-configSyncPeriod: 0s
-conntrack:
-  maxPerCore: null
-  min: null
-  tcpBeLiberal: false
-  tcpCloseWaitTimeout: null
-  tcpEstablishedTimeout: null
-  udpStreamTimeout: 0s
-  udpTimeout: 0s
-detectLocal:
-  bridgeInterface: ""
-  interfaceNamePrefix: ""
-detectLocalMode: ""
-enableProfiling: false
-healthzBindAddress: ""
-hostnameOverride: ""
-iptables:
-  localhostNodePorts: null
-  masqueradeAll: false
-  masqueradeBit: null
-  minSyncPeriod: 0s
-  syncPeriod: 0s
-ipvs:
-  excludeCIDRs: null
-  minSyncPeriod: 0s
-  scheduler: ""
-  strictARP: false
-  syncPeriod: 0s
-  tcpFinTimeout: 0s
-  tcpTimeout: 0s
-  udpTimeout: 0s
-kind: KubeProxyConfiguration
-logging:
-  flushFrequency: 0
-  options:
-    json:
-      infoBufferSize: "0"
-    text:
-      infoBufferSize: "0"
-  verbosity: 0
-metricsBindAddress: ""
-mode: ""
-nftables:
-  masqueradeAll: false
-  masqueradeBit: null
-  minSyncPeriod: 0s
-  syncPeriod: 0s
-nodePortAddresses: null
-oomScoreAdj: null
-portRange: ""
-showHiddenMetricsForVersion: ""
-winkernel:
-  enableDSR: false
-  forwardHealthCheckVip: false
-  networkName: ""
-  rootHnsEndpointName: ""
-  sourceVip: ""
-"""
-
-KIND = """
-apiVersion: kubeproxy.config.k8s.io/v1alpha1
-kind: KubeProxyConfiguration
-mode: "nftables"
-iptables:
-  minSyncPeriod: 1s
-conntrack:
-  maxPerCore: 0
-  tcpBeLiberal: true
-  tcpEstablishedTimeout: 0s
-  tcpCloseWaitTimeout: 0s
-"""
-
+HERE = Path(__file__).parent
+KUBEADM = (HERE / "kubeadm.conf").read_text()
+KIND = (HERE / "kind.conf").read_text()
 HEAD = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
 OWN_HEAD = "---\napiVersion: kproxy.dev/v1alpha1\nkind: KproxyConfiguration\n"
 
@@ -340,6 +261,12 @@ def test_a_file_may_be_json(read):
     assert read(json.dumps(document, indent="\t")).configuration.mode is ProxyMode.IPVS
 
 
+def test_a_yaml_file_may_begin_with_a_brace(read):
+    text = "{apiVersion: kubeproxy.config.k8s.io/v1alpha1, kind: KubeProxyConfiguration, mode: ipvs}"
+
+    assert read(text).configuration.mode is ProxyMode.IPVS
+
+
 def test_kproxys_own_settings_are_a_second_document(read):
     config, settings, warnings = read(
         HEAD + "mode: nftables\n" + OWN_HEAD + "serviceMetrics: {enabled: false, limit: 0}\nmanifests: /etc/services\n"
@@ -427,6 +354,16 @@ oomScoreAdj: 5000000000
         "oomScoreAdj: expected int <= 2147483647, got 5000000000",
         "conntrack.maxPerCore: -1 is less than 0",
         "KproxyConfiguration: serviceMetrics.limit: expected int, got str",
+    ]
+
+
+def test_a_field_that_cannot_be_read_does_not_make_others_look_wrong(problems_of):
+    assert problems_of(
+        HEAD
+        + "iptables: {syncPeriod: x, minSyncPeriod: 60s}\ndetectLocalMode: Magic\nclusterCIDR: 10.0.0.0/8,11.0.0.0/8\n"
+    ) == [
+        'iptables.syncPeriod: "x" is not a duration such as 30s, 1h2m or 100ms',
+        'detectLocalMode: "Magic" is not one of ClusterCIDR, NodeCIDR, BridgeInterface, InterfaceNamePrefix',
     ]
 
 
