@@ -170,6 +170,7 @@ class Route(msgspec.Struct, frozen=True):
     cluster: tuple[Endpoint, ...] = ()
     local: tuple[Endpoint, ...] = ()
     has_any: bool = False  # a usable endpoint exists somewhere, even if policy excludes it here
+    ready_here: tuple[str, ...] = ()  # addresses of ready endpoints on this node, for a health check node port
     topology: TopologyMode = TopologyMode.NONE
     topology_reason: str = ""  # why hints were or were not followed
     frontends: tuple[tuple[FrontendKind, Frontend], ...] = ()  # those this service port owns; conflicts are resolved

@@ -1,10 +1,14 @@
-"""Who follows the proxy's syncs: health, metrics, service health checks, conntrack and Events."""
+"""Who follows the proxy's syncs: health, metrics, service health checks, conntrack and Events.
+
+Their methods are those of `kproxy.proxy.Observer`, where they are explained.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import structlog
 
@@ -18,6 +22,7 @@ from kproxy.health.proxy import ProxyHealth
 from kproxy.health.services import ServiceHealthChecks
 from kproxy.metrics.families import NftablesMetrics, OwnMetrics, ProxyMetrics, StateAge
 from kproxy.model import Family, ServiceName
+from kproxy.node_addresses import matching
 from kproxy.reconcile import Reconciler, SyncReport
 
 log = structlog.get_logger(__name__)
@@ -29,22 +34,22 @@ class Quiet:
     """An observer that does nothing; the others say only what concerns them."""
 
     def events_taken(self, state: ClusterState) -> None:
-        """See `kproxy.proxy.Observer`."""
+        """Nothing."""
 
     def sync_wanted(self) -> None:
-        """See `kproxy.proxy.Observer`."""
+        """Nothing."""
 
     def sync_done(self, report: SyncReport, seconds: float) -> None:
-        """See `kproxy.proxy.Observer`."""
+        """Nothing."""
 
     def sync_failed(self, error: Exception, seconds: float) -> None:
-        """See `kproxy.proxy.Observer`."""
+        """Nothing."""
 
     def node_changed(self, node: Node) -> None:
-        """See `kproxy.proxy.Observer`."""
+        """Nothing."""
 
     def alive(self, kind: Kind) -> None:
-        """See `kproxy.proxy.Observer`."""
+        """Nothing."""
 
 
 class Logged(Quiet):
@@ -59,7 +64,10 @@ class Logged(Quiet):
             milliseconds=round(seconds * 1000, 1),
         )
         if report.drift:
-            log.warning("repaired what someone else had changed in the kernel", **report.drift)
+            log.warning(
+                "repaired what someone else had changed in the kernel",
+                **{_FOUND[change]: count for change, count in report.drift.items()},
+            )
         for service, reason in report.quarantined.items():
             log.error("the kernel refuses this Service; others are not affected", service=str(service), reason=reason)
 
@@ -75,7 +83,7 @@ class Healthy(Quiet):
         for family in self._families:
             self._health.queued(family)
 
-    def sync_done(self, report: SyncReport, seconds: float) -> None:  # noqa: ARG002 - an observer's signature
+    def sync_done(self, report: SyncReport, seconds: float) -> None:
         for family in self._families:
             self._health.succeeded(family)
 
@@ -86,15 +94,17 @@ class Healthy(Quiet):
 class HealthChecked(Quiet):
     """Opens and closes the health check node ports of Services, and tells them how many endpoints are here."""
 
-    def __init__(self, reconciler: Reconciler, checks: Sequence[ServiceHealthChecks]) -> None:
+    def __init__(self, reconciler: Reconciler, checks: Mapping[Family, ServiceHealthChecks]) -> None:
         self._reconciler = reconciler
         self._checks = checks
 
-    def sync_done(self, report: SyncReport, seconds: float) -> None:  # noqa: ARG002 - an observer's signature
-        summaries = {s: summary for s, summary in self._reconciler.summaries.items() if summary.health_check_port}
-        for checks in self._checks:
-            checks.sync_services({service: summary.health_check_port for service, summary in summaries.items()})
-            checks.sync_endpoints({service: summary.local_ready for service, summary in summaries.items()})
+    def sync_done(self, report: SyncReport, seconds: float) -> None:
+        summaries = self._reconciler.summaries
+        for family, checks in self._checks.items():
+            counts = {service: dict(summary.ready_here) for service, summary in summaries.items()}
+            served = {service: count[family] for service, count in counts.items() if family in count}
+            checks.sync_services({service: summaries[service].health_check_port for service in served})
+            checks.sync_endpoints(served)
 
 
 class Measured(Quiet):
@@ -184,7 +194,7 @@ class Announced(Quiet):
         self._recorder = recorder
         self._node = node
 
-    def sync_done(self, report: SyncReport, seconds: float) -> None:  # noqa: ARG002 - an observer's signature
+    def sync_done(self, report: SyncReport, seconds: float) -> None:
         for service, reason in report.quarantined.items():
             self._recorder.record(events.service_quarantined(self._node, service, reason))
         if report.drift:
@@ -197,43 +207,50 @@ class Cleaned(Quiet):
 
     def __init__(
         self,
-        state: ClusterState,
-        node_addresses: Callable[[], frozenset[str]],
+        reconciler: Reconciler,
+        addresses: Callable[[], frozenset[str]],
         metrics: ProxyMetrics | None,
-        families: Iterable[Family],
         retry_seconds: float = CONNTRACK_RETRY_SECONDS,
     ) -> None:
-        self._state = state
-        self._node_addresses = node_addresses
+        self._reconciler = reconciler
+        self._addresses = addresses
         self._metrics = metrics
-        self._families = tuple(families)
         self._retry_seconds = retry_seconds
-        self._conntrack = Conntrack()
-        self._udp: set[ServiceName] = set()
-        self._wake = threading.Condition()
-        self._wanted: list[UDPService] | None = None
-        self._thread: threading.Thread | None = None
+        self._conntracks = {family: Conntrack() for family in reconciler.facts.families}
+        self._udp: frozenset[ServiceName] = frozenset()
+        self._wake = threading.Condition()  # guards the next one
+        self._wanted: _Wanted | None = None
 
-    def sync_done(self, report: SyncReport, seconds: float) -> None:  # noqa: ARG002 - an observer's signature
-        udp = self._state.udp_services
+    def sync_done(self, report: SyncReport, seconds: float) -> None:
+        udp = self._reconciler.state.udp_services
         touched = any(service in udp or service in self._udp for service in report.services)
-        self._udp = set(udp)
         if touched:
+            self._udp = frozenset(udp)
+            wanted = _Wanted(self._udp_services(), self._node_port_addresses())
             with self._wake:
-                self._wanted = self._udp_services()
+                self._wanted = wanted
                 self._wake.notify()
 
-    def _udp_services(self) -> list[UDPService]:
-        return [
-            UDPService(tuple(f for _, f in self._state.frontends(port)), tuple(self._state.endpoints(port)))
-            for service in self._state.udp_services
-            for port in self._state.service_ports(service)
-        ]
+    def _udp_services(self) -> dict[Family, list[UDPService]]:
+        state = self._reconciler.state
+        services: dict[Family, list[UDPService]] = {family: [] for family in self._conntracks}
+        for service in state.udp_services:
+            for port in state.service_ports(service):
+                frontends = tuple(frontend for _, frontend in state.frontends(port))
+                services[port.family].append(UDPService(frontends, tuple(state.endpoints(port))))
+        return services
+
+    def _node_port_addresses(self) -> tuple[str, ...]:
+        facts = self._reconciler.facts
+        addresses = self._addresses()
+        chosen = ((family, facts.node_port_addresses.get(family)) for family in facts.families)
+        return tuple(
+            a for family, those in chosen for a in (matching(addresses, family, None) if those is None else those)
+        )
 
     def start(self) -> None:
         """Begin to clean after syncs."""
-        self._thread = threading.Thread(target=self._run, name="conntrack", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, name="conntrack", daemon=True).start()
 
     def clean_now(self) -> None:
         """Clean what the last sync asked for, in the calling thread. Raises ConntrackError."""
@@ -242,13 +259,12 @@ class Cleaned(Quiet):
             self._wanted = None
 
     def _run(self) -> None:
-        failed: list[UDPService] | None = None
+        failed: _Wanted | None = None
         while True:
             with self._wake:
                 if self._wanted is None:
                     self._wake.wait(None if failed is None else self._retry_seconds)
-                wanted = failed if self._wanted is None else self._wanted
-                self._wanted = None
+                wanted, self._wanted = self._wanted or failed, None
             if wanted is None:
                 continue
             try:
@@ -256,20 +272,25 @@ class Cleaned(Quiet):
                 failed = None
             except ConntrackError as error:
                 failed = wanted
-                log.error("conntrack clean-up failed", error=str(error), retry_in_seconds=self._retry_seconds)
+                log.warning("conntrack clean-up failed", error=str(error), retry_in_seconds=self._retry_seconds)
 
-    def _clean(self, services: list[UDPService]) -> None:
-        started = time.monotonic()
-        deleted = 0
-        try:
-            deleted = self._conntrack.reconcile(services, self._node_addresses())
-        except ConntrackError as error:
-            deleted = error.deleted
-            raise
-        finally:
-            if self._metrics:
-                for family in self._families:
+    def _clean(self, wanted: _Wanted) -> None:
+        for family, services in wanted.services.items():
+            started = time.monotonic()
+            deleted = 0
+            try:
+                deleted = self._conntracks[family].reconcile(services, wanted.node_addresses)
+            except ConntrackError as error:
+                deleted = error.deleted
+                raise
+            finally:
+                if self._metrics:
                     self._metrics.conntrack_duration.labels(family.name).observe(time.monotonic() - started)
-                self._metrics.conntrack_deleted.labels(self._families[0].name).inc(deleted)
-        if deleted:
-            log.info("deleted stale UDP conntrack entries", entries=deleted)
+                    self._metrics.conntrack_deleted.labels(family.name).inc(deleted)
+            if deleted:
+                log.info("deleted stale UDP conntrack entries", family=family.name, entries=deleted)
+
+
+class _Wanted(NamedTuple):
+    services: dict[Family, list[UDPService]]
+    node_addresses: tuple[str, ...]

@@ -23,7 +23,7 @@ class Summary(msgspec.Struct, frozen=True, gc=False):
     # Service ports whose internal or external traffic is dropped on this node, for want of an endpoint here.
     no_local: tuple[tuple[Literal["internal", "external"], Family], ...] = ()
     health_check_port: int = 0
-    local_ready: int = 0  # distinct addresses of ready endpoints on this node
+    ready_here: tuple[tuple[Family, int], ...] = ()  # how many addresses of ready endpoints are on this node
 
 
 Kind = Literal["add", "change", "remove"]
@@ -313,7 +313,7 @@ def summarise(routes: Iterable[Route]) -> Summary:
     """The summary of a Service from its routes."""
     no_local: list[tuple[Literal["internal", "external"], Family]] = []
     port = 0
-    ready: set[str] = set()
+    ready: defaultdict[Family, set[str]] = defaultdict(set)
     for route in routes:
         service_port = route.service_port
         if route.has_any and not route.local:
@@ -323,5 +323,5 @@ def summarise(routes: Iterable[Route]) -> Summary:
                 no_local.append(("external", service_port.family))
         if service_port.health_check_node_port:
             port = service_port.health_check_node_port
-            ready.update(e.address for e in route.local if e.ready)
-    return Summary(tuple(no_local), port, len(ready))
+            ready[service_port.family].update(route.ready_here)
+    return Summary(tuple(no_local), port, tuple((family, len(addresses)) for family, addresses in ready.items()))

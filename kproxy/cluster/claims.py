@@ -35,6 +35,10 @@ class Claims:
         self._owner: dict[Frontend, ServicePortName] = {}
         self._contested: dict[Frontend, list[_Claim]] = {}  # sorted; only where more than one claims
 
+    def owner(self, frontend: Frontend) -> ServicePortName | None:
+        """Who has won a frontend, if anyone claims it."""
+        return self._owner.get(frontend)
+
     def owned(self, port: ServicePort) -> tuple[tuple[FrontendKind, Frontend], ...]:
         """The frontends that a service port has won."""
         wish = self._wishes.get((port.name, port.family))

@@ -29,6 +29,7 @@ from kproxy.model import (
     Route,
     ServiceName,
     ServicePort,
+    ServicePortName,
     canonical_cidr,
 )
 from kproxy.routing import frontends, route
@@ -107,6 +108,10 @@ class ClusterState:
     def frontends(self, port: ServicePort) -> tuple[tuple[FrontendKind, Frontend], ...]:
         """The addresses and ports that a service port owns; what another Service has taken is not among them."""
         return self._claims.owned(port)
+
+    def owner(self, frontend: Frontend) -> ServicePortName | None:
+        """The service port that a frontend belongs to; from any thread."""
+        return self._claims.owner(frontend)
 
     def routes(self, service: ServiceName) -> list[Route]:
         """The routes of a Service's ports; empty for a Service that is not known or not ours."""

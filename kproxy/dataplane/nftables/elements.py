@@ -191,11 +191,11 @@ def parse(container: Container, elements: bytes) -> Iterable[tuple[bytes, Value]
     return ((key, value) for key, value, _ in _parsed(container, elements))
 
 
-def parse_counters(container: Container, elements: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """The elements of a dumped message with their counters: key, packets, bytes."""
-    for key, _, expression in _parsed(container, elements):
-        _, octets, _, packets = _COUNTER.unpack_from(expression)
-        yield key, int.from_bytes(packets, "big"), int.from_bytes(octets, "big")
+def parse_counters(container: Container, elements: bytes) -> Iterator[tuple[bytes, Value, int]]:
+    """The elements of a dumped message with their counters: key, value, packets."""
+    for key, value, expression in _parsed(container, elements):
+        _, _, _, packets = _COUNTER.unpack_from(expression)
+        yield key, value, int.from_bytes(packets, "big")
 
 
 def _endpoints(container: Container, elements: bytes) -> Iterable[tuple[bytes, Value]]:

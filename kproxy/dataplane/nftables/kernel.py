@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NoReturn, Self
 
-from kproxy.dataplane.base import ApplyError, Change, Entries, UnsupportedError
+from kproxy.dataplane.base import ApplyError, Change, Entries, UnsupportedError, Value
 from kproxy.dataplane.nftables import structure
 from kproxy.dataplane.nftables.containers import CONTAINERS, Container, container
 from kproxy.dataplane.nftables.describe import describe
@@ -174,8 +174,8 @@ class NftablesKernel:
         for received in self._socket.dump(Msg.GETSETELEM, NFPROTO[where.family], location(where)):
             yield parsed(received.attributes).get(LIST_ELEMENTS, b"")
 
-    def counters(self, where: Container) -> Iterator[tuple[bytes, int, int]]:
-        """Elements of a container with the packets and bytes that they matched. Raises OSError.
+    def counters(self, where: Container) -> Iterator[tuple[bytes, Value, int]]:
+        """Elements of a container, key and value, with the packets that they matched. Raises OSError.
 
         A change during the listing is no error: a count may then be missing once, or be there twice.
         """

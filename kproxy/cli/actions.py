@@ -1,0 +1,110 @@
+"""The actions that end by themselves: sync once, dry run, explain, clean up, initialise."""
+
+from __future__ import annotations
+
+import structlog
+
+from kproxy import sysctl
+from kproxy.cli import difference
+from kproxy.cli.assembly import gather, machine, source
+from kproxy.cli.invocation import Invocation, UsageError
+from kproxy.config.v1alpha1 import Configuration
+from kproxy.dataplane.nftables.dataplane import KUBE_PROXY_TABLES
+from kproxy.dataplane.nftables.kernel import NftablesKernel
+from kproxy.explain import Action, Node, Packet, explain
+from kproxy.model import Family, Protocol, canonical_address
+from kproxy.node_addresses import local_addresses
+from kproxy.observers import Cleaned, Logged
+
+log = structlog.get_logger(__name__)
+
+OWN_TABLES = (("ip", "kproxy"), ("ip6", "kproxy"))
+
+
+def conntrack_limits(configuration: Configuration) -> sysctl.ConntrackLimits:
+    """The configuration's conntrack part as the sysctls want it."""
+    part = configuration.conntrack
+    return sysctl.ConntrackLimits(
+        max_per_core=part.max_per_core,
+        min=part.min,
+        tcp_established_timeout=part.tcp_established_timeout.seconds,
+        tcp_close_wait_timeout=part.tcp_close_wait_timeout.seconds,
+        tcp_be_liberal=part.tcp_be_liberal,
+        udp_timeout=part.udp_timeout.seconds,
+        udp_stream_timeout=part.udp_stream_timeout.seconds,
+    )
+
+
+def initialise(configuration: Configuration) -> None:
+    """Write the sysctls that the configuration asks for. Raises SysctlError."""
+    settings = sysctl.conntrack_settings(conntrack_limits(configuration), sysctl.host_cpus())
+    for setting in sysctl.apply(settings):
+        log.info("set", file=f"/{setting.path}", value=setting.value)
+
+
+def sync_once(invocation: Invocation) -> int:
+    """Bring the kernel up to date and return. 1 if a Service was refused. Raises what a sync raises."""
+    parts = machine(invocation, writes=True)
+    gather(parts, source(invocation)[0])
+    cleaned = Cleaned(parts.reconciler, local_addresses, None)
+    report = parts.reconciler.sync()
+    for observer in (Logged(), cleaned):
+        observer.sync_done(report, 0.0)
+    cleaned.clean_now()
+    return 1 if parts.reconciler.quarantine else 0
+
+
+def dry_run(invocation: Invocation, *, as_json: bool, color: bool) -> int:
+    """Print what a sync would change, and change nothing. 0: nothing, 1: something."""
+    parts = machine(invocation, writes=False)
+    gather(parts, source(invocation)[0])
+    differences = parts.reconciler.plan()
+    mode, node = parts.mode.value, parts.state.node_name
+    if as_json:
+        print(difference.as_json(differences, parts.dataplane, mode=mode, node=node))
+    else:
+        for line in difference.as_text(differences, parts.dataplane, mode=mode, node=node, color=color):
+            print(line)
+    return 1 if differences else 0
+
+
+def clean_up() -> None:
+    """Remove our tables and those of kube-proxy's nftables mode, in one transaction. Raises ApplyError."""
+    with NftablesKernel(tuple(Family)) as kernel:
+        kernel.apply([], (*OWN_TABLES, *KUBE_PROXY_TABLES))
+
+
+def explain_packet(invocation: Invocation) -> int:
+    """Print what happens to one packet: `explain SOURCE DESTINATION:PORT[/PROTOCOL] [INTERFACE]`. 0 if it arrives."""
+    packet = _packet(invocation.operands)
+    parts = machine(invocation, writes=False)
+    gather(parts, source(invocation)[0])
+    addresses = local_addresses()
+    if not packet.interface and packet.source not in addresses:
+        packet = Packet(packet.source, packet.destination, packet.port, packet.protocol, "?")
+    routes = [route for service in parts.state.services() for route in parts.state.routes(service)]
+    found = explain(packet, routes, Node(parts.reconciler.facts, addresses))
+    for reason in found.reasons:
+        print(reason)
+    for endpoint in found.endpoints:
+        masquerade = ", masqueraded" if found.is_masqueraded(endpoint) else ""
+        print(f"→ {endpoint} (1 in {len(found.endpoints)}{masquerade})")
+    print(found.action)
+    return 0 if found.action in (Action.DNAT, Action.PASS) else 1
+
+
+def _packet(operands: tuple[str, ...]) -> Packet:
+    try:
+        source_text, target, *interface = operands
+        target, _, protocol = target.partition("/")
+        address, _, port = target.rpartition(":")
+        return Packet(
+            canonical_address(source_text),
+            canonical_address(address.strip("[]")),
+            int(port),
+            Protocol(protocol.upper() or "TCP"),
+            *interface,
+        )
+    except (ValueError, TypeError) as error:
+        problem = f"explain wants SOURCE DESTINATION:PORT[/PROTOCOL] [INTERFACE]: {error}"
+        raise UsageError([problem]) from error

@@ -1,0 +1,154 @@
+"""Puts the parts together: source, state, node facts, dataplane, reconciler."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+import structlog
+
+from kproxy.api.events import Event, Listed, Source, Unavailable
+from kproxy.api.objects import Kind
+from kproxy.cli.invocation import Invocation
+from kproxy.cluster import ClusterState
+from kproxy.config.defaults import with_mode
+from kproxy.config.errors import ConfigError
+from kproxy.config.v1alpha1 import Configuration, ProxyMode
+from kproxy.dataplane.base import UnsupportedError
+from kproxy.dataplane.nftables.dataplane import NftablesDataplane
+from kproxy.dataplane.nftables.kernel import NftablesKernel
+from kproxy.facts import Facts
+from kproxy.model import Family, NodeFacts
+from kproxy.node_addresses import local_addresses, supported_families
+from kproxy.proxy import StartError
+from kproxy.reconcile import Reconciler
+
+if TYPE_CHECKING:
+    from kproxy.api.client import Connection
+
+log = structlog.get_logger(__name__)
+
+GATHER_SECONDS = 60.0
+_EVERYTHING: frozenset[Kind] = frozenset({"Service", "EndpointSlice", "Node", "ServiceCIDR"})
+
+
+def node_name(configuration: Configuration) -> str:
+    """The name of this node: as configured, else the host's, in lower case. Raises ConfigError for none."""
+    name = configuration.hostname_override or socket.gethostname().strip().lower()
+    if not name:
+        raise ConfigError(["this host has no name; give one with --hostname-override"])
+    return name
+
+
+def chosen_mode(configuration: Configuration) -> ProxyMode:
+    """The proxy mode. Raises UnsupportedError for modes that this version does not have."""
+    mode = configuration.mode or ProxyMode.NFTABLES
+    if mode is not ProxyMode.NFTABLES:
+        raise UnsupportedError(f"proxy mode {mode.value} is not available in this version; use nftables")
+    return mode
+
+
+class Machine(msgspec.Struct):
+    """A proxy for this machine that has not begun to sync."""
+
+    configuration: Configuration
+    mode: ProxyMode
+    families: tuple[Family, ...]
+    state: ClusterState
+    kernel: NftablesKernel
+    dataplane: NftablesDataplane
+    facts: Facts
+    reconciler: Reconciler
+
+
+def machine(
+    invocation: Invocation,
+    *,
+    writes: bool,
+    addresses: Callable[[], frozenset[str]] = local_addresses,
+) -> Machine:
+    """Everything but the source. `writes`: try first whether the kernel can do what the mode needs.
+
+    Raises UnsupportedError, ConfigError and OSError.
+    """
+    mode = chosen_mode(invocation.configuration)
+    configuration = with_mode(invocation.configuration, mode)
+    families = supported_families()
+    kernel = NftablesKernel(families)
+    if writes:
+        kernel.probe()
+
+    def note(text: str) -> None:
+        log.warning(text)
+
+    state = ClusterState(
+        node_name(configuration),
+        families,
+        note=note,
+        started=time.time(),
+        allow_external_ips=configuration.allow_external_ips,
+    )
+    facts = Facts(configuration, mode, families, state, addresses)
+    dataplane = NftablesDataplane(kernel)
+    provisional = facts() or NodeFacts(name=state.node_name, families=families)
+    return Machine(
+        configuration,
+        mode,
+        families,
+        state,
+        kernel,
+        dataplane,
+        facts,
+        Reconciler(state, dataplane, provisional),
+    )
+
+
+def source(invocation: Invocation) -> tuple[Source, Connection | None]:
+    """Where the objects come from, and the connection to an API server if that is it.
+
+    Raises ApiConfigError and ManifestError. Each is loaded where it is used: kubernetes takes 34 MB.
+    """
+    if invocation.manifests:
+        from kproxy.api.manifests import ManifestSource
+
+        return ManifestSource(invocation.manifests), None
+    from kproxy.api.client import connect
+    from kproxy.api.server import ApiServerSource
+
+    client = invocation.configuration.client_connection
+    connection = connect(invocation.kubeconfig, invocation.master, qps=client.qps, burst=client.burst)
+    return ApiServerSource(connection, node_name=node_name(invocation.configuration)), connection
+
+
+def gather(machine: Machine, source: Source) -> None:
+    """Take in everything there is, once, and what it says of the node. Raises StartError if it does not come."""
+    inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    source.start(inbox.put)
+    deadline = time.monotonic() + GATHER_SECONDS
+    missing = set(_EVERYTHING)
+    trouble = ""
+    try:
+        while missing:
+            try:
+                event = inbox.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                kinds = ", ".join(sorted(missing))
+                raise StartError(f"no list of {kinds} within {GATHER_SECONDS:.0f} s{trouble}") from None
+            machine.state.apply(event)
+            match event:
+                case Listed(kind):
+                    missing.discard(kind)
+                case Unavailable(_, message):
+                    trouble = f": {message}"
+                case _:
+                    pass
+    finally:
+        source.stop()
+    facts = machine.facts()
+    if facts is None:
+        raise StartError(f"Node {machine.state.node_name} has no pod CIDRs, which detectLocalMode NodeCIDR needs")
+    machine.reconciler.set_facts(facts)

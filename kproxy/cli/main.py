@@ -1,0 +1,104 @@
+"""`kproxy`: one action a run; the exit code is the answer.
+
+0: done, nothing to change. 1: failed to start or to do what was asked; for `--dry-run`: there is something to change.
+2: `--dry-run` failed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import structlog
+import yaml
+
+from kproxy import __version__, logs
+from kproxy.api.errors import ApiConfigError, ManifestError
+from kproxy.cli import actions
+from kproxy.cli.flags import Color, Output
+from kproxy.cli.help import help_text
+from kproxy.cli.invocation import Action, Invocation, UsageError, parse, version_text
+from kproxy.config.errors import ConfigError
+from kproxy.config.v1alpha1 import to_kproxy_v1alpha1, to_v1alpha1
+from kproxy.conntrack import ConntrackError
+from kproxy.dataplane.base import ApplyError, UnsupportedError
+from kproxy.proxy import StartError
+from kproxy.sysctl import SysctlError
+
+log = structlog.get_logger(__name__)
+
+_FAILURES = (
+    ApiConfigError,
+    ApplyError,
+    ConfigError,
+    ConntrackError,
+    ManifestError,
+    OSError,
+    StartError,
+    SysctlError,
+    UnsupportedError,
+)
+
+
+def entrypoint() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a command line; returns the exit code."""
+    try:
+        invocation = parse(argv)
+    except UsageError as error:
+        for problem in error.problems:
+            print(f"kproxy: {problem}", file=sys.stderr)
+        print("kproxy: see kproxy --help", file=sys.stderr)
+        return 2 if any(argument.startswith("--dry-run") for argument in argv) else 1
+    failed = 2 if invocation.action is Action.DRY_RUN else 1
+    logging = invocation.configuration.logging
+    logs.configure(logging.format.value if logging.format else None, logging.verbosity)
+    for warning in invocation.warnings:
+        log.warning(warning)
+    try:
+        return _act(invocation)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has seen enough
+        return failed
+    except _FAILURES as error:
+        print(f"kproxy: {error}", file=sys.stderr)
+        return failed
+
+
+def _act(invocation: Invocation) -> int:
+    match invocation.action:
+        case Action.HELP:
+            print(help_text())
+        case Action.VERSION:
+            print(version_text(__version__))
+        case Action.WRITE_CONFIG:
+            _write_config(invocation)
+        case Action.INIT_ONLY:
+            actions.initialise(invocation.configuration)
+        case Action.CLEANUP:
+            actions.clean_up()
+        case Action.ONCE:
+            return actions.sync_once(invocation)
+        case Action.DRY_RUN:
+            color = invocation.color is Color.ALWAYS or (invocation.color is Color.AUTO and sys.stdout.isatty())
+            return actions.dry_run(invocation, as_json=invocation.output is Output.JSON, color=color)
+        case Action.EXPLAIN:
+            return actions.explain_packet(invocation)
+        case Action.RUN:
+            from kproxy.cli.run import run
+
+            return run(invocation)
+    return 0
+
+
+def _write_config(invocation: Invocation) -> None:
+    documents = [to_v1alpha1(invocation.configuration), to_kproxy_v1alpha1(invocation.settings)]
+    path = invocation.write_config_to
+    assert path is not None  # noqa: S101 - the action is asked for by giving the path
+    path.write_text(yaml.safe_dump_all(documents, sort_keys=False))
+    log.info("wrote the configuration", path=str(path))

@@ -1,0 +1,209 @@
+"""Runs the proxy until a signal ends it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+
+import structlog
+
+from kproxy import __version__, events, logs
+from kproxy.api.objects import KINDS, Node, ObjectMeta
+from kproxy.cli import actions
+from kproxy.cli.assembly import Machine, machine, source
+from kproxy.cli.invocation import Invocation
+from kproxy.config.defaults import advice, mode_settings
+from kproxy.config.feature_gates import FEATURE_GATES, Stage
+from kproxy.config.v1alpha1 import to_v1alpha1
+from kproxy.config.validation import KUBERNETES_VERSION
+from kproxy.dataplane.nftables.monitor import Monitor
+from kproxy.events import EventRecorder
+from kproxy.health.proxy import ProxyHealth, probe_handler
+from kproxy.health.services import ServiceHealthChecks
+from kproxy.http.address import ListenAddress
+from kproxy.http.message import Handler
+from kproxy.http.server import HttpServer
+from kproxy.metrics.connections import ConnectionCounters
+from kproxy.metrics.families import NftablesMetrics, OwnMetrics, ProxyMetrics, Registry, StateAge, register_process
+from kproxy.metrics.server import metrics_handler
+from kproxy.model import Family, ServiceName
+from kproxy.node_addresses import AddressMonitor
+from kproxy.observers import Announced, Cleaned, HealthChecked, Healthy, Logged, Measured
+from kproxy.proxy import Pace, Proxy, StartError
+from kproxy.sysctl import set_oom_score_adjustment
+from kproxy.traffic import Traffic
+
+log = structlog.get_logger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class _Addresses:
+    """The node's addresses, followed as they change."""
+
+    def __init__(self) -> None:
+        self.changed: Callable[[], None] = lambda: None
+        self._monitor = AddressMonitor(self._on_change)
+        self._now = self._monitor.start()
+
+    def __call__(self) -> frozenset[str]:
+        return self._now
+
+    def _on_change(self, addresses: frozenset[str]) -> None:
+        self._now = addresses
+        self.changed()
+
+
+def run(invocation: Invocation) -> int:
+    """Run the proxy. Returns when a signal ends it, with the exit code that the signal would have given.
+
+    Rules stay in the kernel. Raises what ends a start: UnsupportedError, ConfigError, SysctlError, StartError …
+    """
+    set_oom_score_adjustment(invocation.configuration.oom_score_adj)
+    actions.initialise(invocation.configuration)
+    addresses = _Addresses()
+    parts = machine(invocation, writes=True, addresses=addresses)
+    for line in advice(parts.configuration, parts.mode):
+        log.warning(line)
+    log.info("starting", version=__version__, mode=parts.mode.value, node=parts.state.node_name)
+    return _Running(invocation, parts, addresses).run()
+
+
+class _Running:
+    def __init__(self, invocation: Invocation, parts: Machine, addresses: _Addresses) -> None:
+        self._invocation = invocation
+        self._parts = parts
+        self._addresses = addresses
+        self._configuration = parts.configuration
+        self._source, connection = source(invocation)
+        self._server = HttpServer()
+        self._registry = Registry()
+        self._metrics = ProxyMetrics(self._registry)
+        self._own = OwnMetrics(self._registry)
+        self._fatal: str = ""
+        settings = mode_settings(self._configuration, parts.mode)
+        self._health = ProxyHealth(parts.families, settings.sync_period.seconds)
+        self._recorder = EventRecorder(
+            parts.state.node_name,
+            connection.post if connection else None,
+            dropped=self._count_dropped,
+        )
+        self._cleaned = Cleaned(parts.reconciler, addresses, self._metrics)
+        self._proxy = Proxy(
+            parts.state,
+            parts.reconciler,
+            facts=parts.facts,
+            observers=self._observers(),
+            pace=Pace(settings.min_sync_period.seconds, settings.sync_period.seconds),
+        )
+
+    def _observers(self) -> list[Logged | Healthy | Measured | HealthChecked | Announced | Cleaned]:
+        parts = self._parts
+        return [
+            Logged(),
+            Healthy(self._health, parts.families),
+            Measured(
+                parts.reconciler,
+                parts.families,
+                proxy=self._metrics,
+                nftables=NftablesMetrics(self._registry),
+                own=self._own,
+                age=StateAge(self._registry, KINDS),
+            ),
+            HealthChecked(parts.reconciler, {family: self._service_checks(family) for family in parts.families}),
+            Announced(self._recorder, parts.state.node_name),
+            self._cleaned,
+        ]
+
+    def _service_checks(self, family: Family) -> ServiceHealthChecks:
+        chosen = self._parts.reconciler.facts.node_port_addresses.get(family)
+
+        def failed(service: ServiceName, port: int, error: OSError) -> None:
+            node = self._parts.state.node_name
+            log.warning("cannot open health check node port", service=str(service), port=port, error=str(error))
+            self._recorder.record(events.service_healthcheck_failed(node, service, port, str(error)))
+
+        return ServiceHealthChecks(
+            self._server,
+            family,
+            chosen,
+            proxy_healthy=lambda: self._health.check().healthy,
+            listen_failed=failed,
+        )
+
+    def run(self) -> int:
+        received: list[int] = []
+
+        def end(number: int, _: object) -> None:
+            received.append(number)
+            self._proxy.stop()
+
+        for number in SIGNALS:
+            signal.signal(number, end)
+        self._serve()
+        self._cleaned.start()
+        self._watch_kernel()
+        self._addresses.changed = self._proxy.addresses_changed
+        for family in self._parts.families:
+            self._health.started(family)
+        self._recorder.record(events.starting(self._parts.state.node_name))
+        self._source.start(self._proxy.post)
+        self._proxy.run()
+        self._source.stop()
+        self._server.close()
+        self._recorder.close(1.0)
+        self._parts.kernel.close()
+        if self._fatal:
+            raise StartError(self._fatal)
+        log.info("ended; what is in the kernel stays in force", signal=signal.Signals(received[0]).name)
+        return 128 + received[0]
+
+    def _serve(self) -> None:
+        """Open the health and metrics addresses; a taken one is tried again, or fatal if so configured."""
+        configuration, node = self._configuration, self._parts.state.node_name
+        registry = self._registry
+        register_process(registry, __version__, KUBERNETES_VERSION)
+        for name, gate in FEATURE_GATES.items():
+            stage = "" if gate.stage is Stage.STABLE else gate.stage.name
+            self._metrics.feature_enabled.labels(name, stage).set(configuration.enabled(name))
+        if self._invocation.manifests:  # without an API server nobody says that the node is being drained
+            self._health.node_changed(Node(metadata=ObjectMeta(name=node)))
+        if self._invocation.settings.service_metrics.enabled:
+            traffic = Traffic(self._parts.families, self._parts.state.owner)
+            ConnectionCounters(registry, traffic.readings, self._invocation.settings.service_metrics.limit)
+        metrics = metrics_handler(
+            registry,
+            self._parts.mode.value,
+            to_v1alpha1(configuration),
+            set_verbosity=logs.set_verbosity if configuration.enable_profiling else None,
+        )
+        probes = probe_handler(self._health, self._metrics.count_probe)
+        self._listen(configuration.healthz_bind_address, probes, events.proxier_healthcheck_failed)
+        self._listen(configuration.metrics_bind_address, metrics, events.metric_server_failed)
+
+    def _listen(self, address: str, handler: Handler, event: Callable[[str, str], events.Event]) -> None:
+        if not address:
+            return
+
+        def failed(error: OSError) -> None:
+            log.error("cannot listen", address=address, error=str(error))
+            if self._configuration.bind_address_hard_fail:
+                self._recorder.record(event(self._parts.state.node_name, str(error)))
+                self._fatal = f"cannot listen on {address}: {error}"
+                self._proxy.stop()
+
+        self._server.listen_or_retry(ListenAddress.parse(address), handler, failed)
+
+    def _watch_kernel(self) -> None:
+        monitor = Monitor([self._parts.kernel.port])
+
+        def watch() -> None:
+            for who in monitor.touches():
+                log.warning("our part of the kernel was changed by someone else; comparing", by=who)
+                self._proxy.kernel_touched()
+
+        threading.Thread(target=watch, name="kernel-watch", daemon=True).start()
+
+    def _count_dropped(self, reason: str) -> None:
+        self._own.events_dropped.labels(reason).inc()
