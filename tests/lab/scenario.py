@@ -86,8 +86,8 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     given: Objects = Objects()
     then: list[FlowSpec] = []
     steps: list[Step] = []
-    families: list[str] = ["IPv4", "IPv6"]
-    modes: list[str] = ["nftables", "iptables", "ipvs"]
+    families: tuple[str, ...] = ("IPv4", "IPv6")
+    modes: tuple[str, ...] = ("nftables", "iptables", "ipvs")
 
 
 class ScenarioFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -108,18 +108,17 @@ USUAL = Objects(
 def read(path: Path, family: Family) -> list[Scenario]:
     """The scenarios of a file in one family, complete. Raises ValueError that names file and field."""
     try:
-        document = yaml.safe_load(path.read_text())
-        if family is Family.IPv6:
-            document = _twin(document)
-        loaded = msgspec.convert(document, ScenarioFile)
-        usual = USUAL if family is Family.IPv4 else msgspec.convert(_twin(msgspec.to_builtins(USUAL)), Objects)
+        loaded = msgspec.convert(yaml.safe_load(path.read_text()), ScenarioFile)
     except (yaml.YAMLError, msgspec.ValidationError) as error:
         raise ValueError(f"{path}: {error}") from error
-    return [
-        msgspec.structs.replace(s, given=s.given.over(loaded.given).over(usual))
+    complete = [
+        msgspec.structs.replace(s, given=s.given.over(loaded.given).over(USUAL))
         for s in loaded.scenarios
         if family.name in s.families
     ]
+    if family is Family.IPv4:
+        return complete
+    return msgspec.convert(_twin(msgspec.to_builtins(complete)), list[Scenario])
 
 
 def items(objects: Objects, family: Family) -> Iterator[dict[str, Any]]:
