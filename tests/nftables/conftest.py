@@ -9,11 +9,10 @@ import pytest
 
 from kproxy.dataplane.nftables.features import Features
 from kproxy.dataplane.nftables.kernel import NftablesKernel
-from kproxy.model import Family
 from tests.lab.namespaces import Namespace
+from tests.nftables.samples import BOTH
 
 OpenKernel = Callable[..., NftablesKernel]
-BOTH = (Family.IPv4, Family.IPv6)
 WITHOUT_OWNER = Features(owner=False, destroy=True)  # as kernels before 6.9 are
 
 

@@ -13,6 +13,7 @@ from kproxy.dataplane.nftables.ruleset import Chain, ChainKey, Hook, SetKey, Tab
 from kproxy.model import Family
 
 MARK = 0x4000
+BOTH = (Family.IPv4, Family.IPv6)
 # nft 1.0.6 prints `ct original proto-dst` in a key but cannot parse it there; nft 1.1 can.
 NOT_LOADABLE_BY_NFT_1_0_6 = ("affinity", "learn", "learn-nodeports")
 

@@ -14,8 +14,9 @@ from kproxy.dataplane.nftables.ruleset import Chain, ChainKey, SetKey, TableKey
 from kproxy.model import Family
 from tests.conftest import MakeNetns
 from tests.lab.namespaces import Namespace
-from tests.nftables.conftest import BOTH, WITHOUT_OWNER, OpenKernel
+from tests.nftables.conftest import WITHOUT_OWNER, OpenKernel
 from tests.nftables.samples import (
+    BOTH,
     NOT_LOADABLE_BY_NFT_1_0_6,
     affinity_rules,
     empty_layout,

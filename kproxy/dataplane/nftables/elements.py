@@ -194,8 +194,9 @@ def parse(container: Container, elements: bytes) -> Iterable[tuple[bytes, Value]
 def parse_counters(container: Container, elements: bytes) -> Iterator[tuple[bytes, Value, int]]:
     """The elements of a dumped message with their counters: key, value, packets."""
     for key, value, expression in _parsed(container, elements):
-        _, _, _, packets = _COUNTER.unpack_from(expression)
-        yield key, value, int.from_bytes(packets, "big")
+        if expression:  # none in a map of another version's layout
+            _, _, _, packets = _COUNTER.unpack_from(expression)
+            yield key, value, int.from_bytes(packets, "big")
 
 
 def _endpoints(container: Container, elements: bytes) -> Iterable[tuple[bytes, Value]]:

@@ -30,6 +30,7 @@ from kproxy.dataplane.nftables.ruleset import TABLE_NAME, Chain, ChainKey, Hook,
 from kproxy.model import Family
 
 _READ_ATTEMPTS = 20
+_COUNTED_ATTEMPTS = 3  # before a set's own count of its elements (since Linux 6.16) is doubted instead of the dump
 _EXPIRY_ATTEMPTS = 5
 _FRAME_BYTES = 24  # headers and padding of a message, at most
 _SET_COUNT = 20  # NFTA_SET_COUNT
@@ -89,10 +90,10 @@ class NftablesKernel:
         Where a table is there but is not one that changes can turn into ours, it is all there is: a `Table` with the
         fault, so that everything is written into a new one.
         """
-        for _ in range(_READ_ATTEMPTS):
+        for attempt in range(_READ_ATTEMPTS):
             generation = self._generation()
             try:
-                entries = self._read_once()
+                entries = self._read_once(counted=attempt < _COUNTED_ATTEMPTS)
             except DumpInterrupted:
                 continue
             if generation == self._generation():
@@ -102,7 +103,7 @@ class NftablesKernel:
     def _generation(self) -> bytes:
         return parsed(self._socket.get(Msg.GETGEN, Nfproto.UNSPEC).attributes)[_GENERATION]
 
-    def _read_once(self) -> Entries:
+    def _read_once(self, *, counted: bool) -> Entries:
         entries: Entries = {}
         for family in self._families:
             found = self._table(family)
@@ -112,7 +113,7 @@ class NftablesKernel:
             if flags & structure.TABLE_DORMANT:
                 entries[TableKey(family)] = Table("dormant")
                 continue
-            inside = self._read_sets(family)
+            inside = self._read_sets(family, counted=counted)
             if isinstance(inside, str):
                 entries[TableKey(family)] = Table(inside)
                 continue
@@ -129,7 +130,7 @@ class NftablesKernel:
         except FileNotFoundError:
             return None
 
-    def _read_sets(self, family: Family) -> Entries | str:
+    def _read_sets(self, family: Family, *, counted: bool) -> Entries | str:
         """Sets with their elements, or why the table is none of this layout."""
         entries: Entries = {}
         counts: list[tuple[Container, bytes | None]] = []
@@ -148,7 +149,7 @@ class NftablesKernel:
             for elements in self._dump_elements(found):
                 entries.update(parse(found, elements))
             # A hash table that grows in the background moves elements about under the dump.
-            if count is not None and len(entries) - before != int.from_bytes(count, "big"):
+            if counted and count is not None and len(entries) - before < int.from_bytes(count, "big"):
                 raise DumpInterrupted(errno.EINTR, f"{found} was read in part")
         return entries
 
@@ -205,7 +206,8 @@ class NftablesKernel:
     def apply(self, changes: Iterable[Change], also_delete: Iterable[tuple[str, str]] = ()) -> None:
         """Make the changes in one transaction, and delete other tables, given as (family, name), where they exist.
 
-        In a user namespace, which may not widen its send buffer, a large one takes several, additions first.
+        Where the send buffer may not be widened (user namespaces of older kernels), a large change takes several
+        transactions, additions first.
         Removals of learned elements may name some that have expired. Raises ApplyError.
         """
         changes = list(changes)
@@ -264,7 +266,7 @@ class NftablesKernel:
     def _without_expired(self, changes: list[Change]) -> list[Change]:
         """Without removals of learned elements that are not there any more, for a kernel that would refuse them."""
         learned = {container(family, "affinity").number: family for family in self._families}
-        removed = [c.key for c in changes if isinstance(c.key, bytes) and c.key[0] in learned]
+        removed = [c.key for c in changes if c.new is None and isinstance(c.key, bytes) and c.key[0] in learned]
         there: set[bytes] = set()
         for family in {learned[key[0]] for key in removed}:
             there.update(self.affinity(family))

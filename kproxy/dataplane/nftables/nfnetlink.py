@@ -214,7 +214,7 @@ class NetlinkSocket:
     def _force_buffer(self, forced: int, plain: int, size: int) -> None:
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, forced, size)
-        except PermissionError:  # in a user namespace; the system-wide limit then applies
+        except PermissionError:  # in a user namespace of an older kernel; the system-wide limit then applies
             self._socket.setsockopt(socket.SOL_SOCKET, plain, size)
 
     def transact(self, batch: Sequence[Message]) -> list[MessageError]:
