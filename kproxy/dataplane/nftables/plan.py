@@ -18,6 +18,7 @@ from kproxy.dataplane.nftables.ruleset import TABLE_NAME, Chain, ChainKey, SetKe
 from kproxy.model import Family
 
 Unit = tuple[Step, ...]
+_EXCHANGED_TOGETHER = 400  # elements, so that a unit fits the smallest default send buffer (208 KiB)
 
 
 def plan(changes: Iterable[Change], table_flags: int, removal_of_learned: Msg) -> list[Unit]:
@@ -136,13 +137,13 @@ class _Units:
                 added.append((key, new))
             else:
                 changed.append((key, new))
-        if changed:
-            deletions = removals(container, (key for key, _ in changed))
-            self._elements.append((*deletions, *additions(container, changed)))
+        for start in range(0, len(changed), _EXCHANGED_TOGETHER):
+            part = changed[start : start + _EXCHANGED_TOGETHER]
+            self._elements.append((*removals(container, (key for key, _ in part)), *additions(container, part)))
         removal = removals(container, removed, removal_of_learned if container.learned else Msg.DELSETELEM)
         if container.has_intervals:
             # The kernel refuses an interval that overlaps one which goes later in the same transaction.
-            self._elements.append((*removal, *additions(container, added)))
+            self._elements.extend((step,) for step in removal)
         else:
-            self._elements.extend((step,) for step in additions(container, added))
             self._element_removals.extend((step,) for step in removal)
+        self._elements.extend((step,) for step in additions(container, added))
