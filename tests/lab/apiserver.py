@@ -136,6 +136,8 @@ class ApiServer:
                 connection.settimeout(_STOP_SECONDS)  # a client that never speaks TLS
                 talk = self._tls.wrap_socket(connection, server_side=True)
                 talk.settimeout(None)
+                with self._lock:  # the plain socket has handed its descriptor over
+                    self._connections[talk] = self._connections.pop(connection)
             Handler(talk, peer, self)  # type: ignore[arg-type]
         except (ConnectionError, TimeoutError, ssl.SSLError):
             pass  # clients come and go, and faults are meant
@@ -143,7 +145,7 @@ class ApiServer:
             traceback.print_exc()
         finally:
             with self._lock:
-                self._connections.pop(connection, None)
+                self._connections.pop(talk, None)
             _shut(talk)
             talk.close()
             connection.close()

@@ -99,7 +99,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _authenticate(self) -> None:
         tokens = self.server.tokens
-        if tokens is not None and self.headers.get("Authorization", "").removeprefix("Bearer ") not in tokens:
+        scheme, _, token = self.headers.get("Authorization", "").partition(" ")
+        if tokens is not None and (scheme.lower() != "bearer" or token not in tokens):
             raise ApiError(401, "Unauthorized", "Unauthorized")
 
     def _verb(self, target: Target, query: dict[str, str]) -> str:
