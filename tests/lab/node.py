@@ -13,6 +13,7 @@ import os
 import select
 import socket
 import struct
+import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 from ipaddress import ip_network
@@ -124,7 +125,10 @@ class Node:
             raise OSError(error, f"conntrack flush: {os.strerror(error)}")
 
     def close(self) -> None:
-        """Take the node apart."""
+        """Take the node apart. The kernel needs a tenth of a second to remove devices; nobody has to wait for that."""
+        threading.Thread(target=self._close, name="node-close").start()
+
+    def _close(self) -> None:
         self._epoll.close()
         for tun in self._tuns.values():
             os.close(tun)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import struct
 from collections.abc import Iterable, Sequence
 from itertools import count
 from types import TracebackType
@@ -24,7 +25,7 @@ POD_NETWORKS = ("10.0.0.0/8", "fd00:10::/32", "fd00::a00:0/104")
 
 BATCH = 64  # packets that a TUN device surely holds until they are read
 TAG_STEP = 16  # a TCP connection uses its tag and the number after it
-SOURCE_PORTS = range(20000, 60000)
+SOURCE_PORTS = range(10000, 65536)
 
 
 class Lab:
@@ -43,7 +44,7 @@ class Lab:
         self.netns = self.node.netns
         self._devices = {Origin.OUTSIDE: outside, Origin.POD: pods}
         self._tags = count(TAG_STEP, TAG_STEP)
-        self._source_ports = count()
+        self._source_ports = iter(SOURCE_PORTS)
         self._kernel_tags: set[int] = set()  # of TCP connections that real sockets made
 
     def send(self, flow: Flow) -> Outcome:
@@ -94,6 +95,7 @@ class Lab:
     def flush_conntrack(self) -> None:
         """Forget every connection, so that the next packet is a first one again."""
         self.node.flush_conntrack()
+        self._source_ports = iter(SOURCE_PORTS)
 
     def close(self) -> None:
         """Take the node apart."""
@@ -119,10 +121,13 @@ class Lab:
         if flow.protocol is Protocol.SCTP:  # the kernel need not have it: a raw socket sends the INIT
             return self._open_batch([flow])[0]
         kind = socket.SOCK_STREAM if flow.protocol is Protocol.TCP else socket.SOCK_DGRAM
+        flow = self._with_source_port(flow)
         client = self.node.socket(Family.of(flow.source), kind)
         client.setblocking(False)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # the port is free at once
         client.bind((flow.source, flow.source_port))
-        connection = Connection(flow._replace(source_port=client.getsockname()[1]), next(self._tags), client)
+        connection = Connection(flow, next(self._tags), client)
         error = client.connect_ex((flow.destination, flow.port))
         if error and error not in {errno.EINPROGRESS, errno.ECONNREFUSED, *SILENT_REFUSALS}:
             raise OSError(error, f"{flow}: connect: {errno.errorcode[error]}")
@@ -171,9 +176,13 @@ class Lab:
         return found
 
     def _with_source_port(self, flow: Flow) -> Flow:
+        """A source port that conntrack has not seen: an older entry would decide where the flow goes."""
         if flow.source_port:
             return flow
-        return flow._replace(source_port=SOURCE_PORTS[next(self._source_ports) % len(SOURCE_PORTS)])
+        try:
+            return flow._replace(source_port=next(self._source_ports))
+        except StopIteration:
+            raise RuntimeError("there are no more fresh source ports: call flush_conntrack()") from None
 
 
 def _outcome(sightings: Sequence[Sighting]) -> Outcome:
