@@ -9,7 +9,8 @@ import pytest
 
 from tests.lab.cluster import Cluster, Pod
 from tests.lab.cluster_objects import external_name, headless, load_balancer, port, service
-from tests.lab.traffic import NoAnswer, fails_as, settle, try_once, who_answers
+from tests.lab.traffic import NoAnswer, answered, fails_as, settle, try_once, who_answers
+from tests.lab.waiting import eventually
 
 IP4, IP6 = "10.96.0.10", "fd00:96::10"
 NODE_PORT = 30007
@@ -114,24 +115,12 @@ def test_session_affinity_keeps_a_client_on_its_pod_while_that_is_ready(cluster:
     pods = web_pods(cluster, 0, 1, 2)
     client = visitor(cluster)
     cluster.apply(service("web", IP4, sessionAffinity="ClientIP"))
-    fails_as_not_yet = {NoAnswer.REFUSED, NoAnswer.SILENCE, NoAnswer.UNREACHABLE}
-    while (chosen := try_once(client, URL)) in fails_as_not_yet:
-        pass
-
+    chosen = answered(client, URL)
     assert who_answers(client, URL, 50) == Counter({chosen: 50})
 
     cluster.set_ready(next(pod for pod in pods if pod.name == chosen), False)
-    others = {pod.name for pod in pods} - {chosen}
-    (now,) = {settle_on_one(client, others)}
+    now = eventually(lambda: (pod := try_once(client, URL)) != chosen and pod, "the client is moved")
     assert who_answers(client, URL, 50) == Counter({now: 50})
-
-
-def settle_on_one(client: Pod, pods: set[str]) -> str:
-    """The one pod of these that answers from now on."""
-    deadline = time.monotonic() + 10
-    while (answered := try_once(client, URL)) not in pods:
-        assert time.monotonic() < deadline, f"still {answered}"
-    return str(answered)
 
 
 def test_a_load_balancer_serves_the_sources_it_is_open_to(cluster: Cluster):
@@ -203,9 +192,7 @@ def test_headless_and_external_name_services_leave_no_rule(cluster: Cluster):
     assert "10.96.0.99" in ruleset(cluster)
     cluster.delete_service("later")
 
-    deadline = time.monotonic() + 10
-    while ruleset(cluster) != before:
-        assert time.monotonic() < deadline, "there is more in the kernel than before"
+    eventually(lambda: ruleset(cluster) == before, "there is as much in the kernel as before")
 
 
 def ruleset(cluster: Cluster) -> str:

@@ -86,11 +86,14 @@ class Pod(Host):
             [self._listener(port, socket.SOCK_DGRAM) for port in udp],
         )
 
+    def unplug(self) -> None:
+        """Take the pod off the network at once. (Otherwise the kernel does so some time after `close`.)"""
+        self.node.exec("ip", "link", "del", self._device)
+
     def close(self) -> None:
-        """End the server and unplug the pod."""
+        """End the server and leave the namespace."""
         if self._server is not None:
             self._server.close()
-        self.node.exec("ip", "link", "del", self._device, check=False)
         super().close()
 
     def _listener(self, port: int, kind: socket.SocketKind) -> socket.socket:
@@ -204,6 +207,7 @@ class Cluster:
     def remove_pod(self, pod: Pod) -> None:
         """End a pod at once."""
         self.pods.remove(pod)
+        pod.unplug()
         pod.close()
         self._controller.sync()
 
@@ -248,6 +252,7 @@ class Cluster:
             f"--nodeport-addresses={node.ipv4}/32,{node.ipv6}/128",
             f"--healthz-bind-address=0.0.0.0:{HEALTHZ_PORT}",
             f"--metrics-bind-address=127.0.0.1:{METRICS_PORT}",
+            "--iptables-min-sync-period=0s",  # counts for nftables too; by default a second passes between two syncs
             "--conntrack-max-per-core=0",  # the kernel lets no other namespace than its first write that limit
         ]
 
@@ -308,6 +313,8 @@ class Cluster:
                 "link set eth0 up",
                 f"route add default via {fabric.ipv4}",
                 f"route add default via {fabric.ipv6}",
+                f"route add unreachable 10.244.{node.number}.0/24",  # a pod that is gone is not somewhere outside
+                f"route add unreachable fd00:244:{node.number:x}::/64",
                 *(f"route add 10.244.{other.number}.0/24 via {other.ipv4}" for other in others),
                 *(f"route add fd00:244:{other.number:x}::/64 via {other.ipv6}" for other in others),
             )

@@ -12,6 +12,7 @@ from tests.lab.host import Host
 from tests.lab.waiting import eventually
 
 SILENCE_SECONDS = 1.0
+_LOOK_SECONDS = 0.2  # where one looks again anyway
 
 
 class NoAnswer(Enum):
@@ -27,10 +28,10 @@ def who_answers(host: Host, url: str, connections: int) -> Counter[str]:
     return Counter(host.get(url).pod for _ in range(connections))
 
 
-def try_once(host: Host, url: str) -> str | NoAnswer:
+def try_once(host: Host, url: str, *, patience: float = SILENCE_SECONDS) -> str | NoAnswer:
     """The pod that answers a new connection, or how it fails."""
     try:
-        return host.get(url, timeout=SILENCE_SECONDS).pod
+        return host.get(url, timeout=patience).pod
     except ConnectionRefusedError:
         return NoAnswer.REFUSED
     except TimeoutError:
@@ -40,11 +41,15 @@ def try_once(host: Host, url: str) -> str | NoAnswer:
 
 
 def settle(host: Host, url: str, pods: set[str], *, seconds: float = 10.0) -> float:
-    """Wait until exactly these pods answer; the seconds that took. Raises AssertionError."""
+    """Wait until these pods answer and no other; the seconds that took. Raises AssertionError."""
 
     def reached() -> bool:
-        nonlocal seen
-        seen = {host.get(url, timeout=0.5).pod for _ in range(8 * len(pods))}
+        # So many that a pod which still takes its share would be missed once in 10^10 times.
+        seen.clear()
+        for _ in range(20 * (len(pods) + 1)):
+            seen.add(host.get(url, timeout=0.5).pod)
+            if not seen <= pods:
+                return False
         return seen == pods
 
     seen: set[str] = set()
@@ -58,7 +63,13 @@ def settle(host: Host, url: str, pods: set[str], *, seconds: float = 10.0) -> fl
 
 def fails_as(host: Host, url: str, how: NoAnswer, *, seconds: float = 10.0) -> None:
     """Wait until new connections fail in this way. Raises AssertionError."""
-    eventually(lambda: try_once(host, url) is how, f"{url} ends in {how.value}", seconds=seconds)
+    patience = SILENCE_SECONDS if how is NoAnswer.SILENCE else _LOOK_SECONDS
+    eventually(lambda: try_once(host, url, patience=patience) is how, f"{url} ends in {how.value}", seconds=seconds)
+
+
+def answered(host: Host, url: str, *, seconds: float = 10.0) -> str:
+    """Wait until a new connection is answered; by which pod. Raises AssertionError."""
+    return eventually(lambda: host.get(url, timeout=_LOOK_SECONDS).pod, f"{url} is answered", seconds=seconds)
 
 
 class Stream:
