@@ -100,12 +100,13 @@ _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object without its nulls: Kubernetes reads a member that is null as one that is not there."""
     members = dict(pairs)
     if len(members) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
         raise _SyntaxError(f"the key {twice!r} is there twice")
-    return members
+    return {key: value for key, value in pairs if value is not None} if None in members.values() else members
 
 
 def _yaml(text: str) -> Iterator[object]:
@@ -120,19 +121,16 @@ def _yaml(text: str) -> Iterator[object]:
 
 
 class _Loader(_SafeLoader):
-    """Types of unquoted values are those of JSON, and a key that is there twice is an error."""
+    """Types of unquoted values are those of JSON, nulls are left out, a key that is there twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        if len(node.value) > 1:
-            seen = set()
-            for key, _ in node.value:
-                if key.value in seen and isinstance(key, yaml.ScalarNode):
-                    raise yaml.MarkedYAMLError(
-                        problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark
-                    )
-                if isinstance(key, yaml.ScalarNode):
-                    seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        keys = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark)
+            keys.add(key.value if isinstance(key, yaml.ScalarNode) else key)
+        members = super().construct_mapping(node, deep)
+        return {key: value for key, value in members.items() if value is not None}
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -167,7 +165,7 @@ def _add(content: Content, document: object, where: str) -> None:
         other = f"{api_version} {kind}"
         content.others[other] = content.others.get(other, 0) + 1
     else:
-        _add_object(content, kind, _without_nulls(document), where)
+        _add_object(content, kind, document, where)
 
 
 def _is_list(kind: str) -> bool:
@@ -199,9 +197,10 @@ def _add_object(content: Content, kind: Kind, document: dict[str, Any], where: s
 
 def _named(kind: Kind, document: dict[str, Any]) -> str:
     metadata = document.get("metadata")
-    metadata = metadata if isinstance(metadata, dict) else {}
-    namespace = str(metadata.get("namespace") or "default") if kind in _NAMESPACED else ""
-    return object_name(kind, namespace, str(metadata.get("name", "")))
+    name = namespace = ""
+    if isinstance(metadata, dict):
+        name, namespace = (text if isinstance(text := metadata.get(key), str) else "" for key in ("name", "namespace"))
+    return object_name(kind, (namespace or "default") if kind in _NAMESPACED else "", name)
 
 
 def _defaulted(item: Object) -> Object:
@@ -239,15 +238,6 @@ def _notes(item: Object) -> Iterator[str]:
 
 def _group(api_version: str) -> str:
     return api_version.rpartition("/")[0]
-
-
-def _without_nulls(value: Any) -> Any:
-    """As Kubernetes reads it: a null member is one that is not there."""
-    if isinstance(value, dict):
-        return {name: _without_nulls(member) for name, member in value.items() if member is not None}
-    if isinstance(value, list):
-        return [_without_nulls(member) for member in value]
-    return value
 
 
 def _type_name(value: object) -> str:

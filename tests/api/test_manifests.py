@@ -445,7 +445,10 @@ def test_slices_that_an_api_server_would_refuse(tmp_path: Path, body: str, error
         (f"{WEB}---\nkind: [", "document 2: line 9, column 1: did not find expected node content"),
         ("kind: Service\nkind: Node", "document 1: line 2, column 1: the key 'kind' is there twice"),
         ("kind: 'Service", "document 1: line 1, column 15: found unexpected end of stream"),
-        ("apiVersion: v1\nkind: Service\nmetadata: &m {name: *m}", "document 1: nested too deeply"),
+        (
+            "apiVersion: v1\nkind: Service\nmetadata: &m {name: *m}",
+            "document 1 (Service without a name): metadata.name: Expected str, got object",
+        ),
         (
             "apiVersion: discovery.k8s.io/v1beta1\nkind: EndpointSlice\nmetadata: {name: web-1}",
             "document 1 (EndpointSlice default/web-1): apiVersion: Expected discovery.k8s.io/v1, got discovery",
