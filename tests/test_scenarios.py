@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tests.lab import scenario as scenarios
 from tests.lab.expectations import complaints
 from tests.lab.flows import Connection, Fate, Flow
 from tests.lab.packets import Lab
-from tests.lab.proxy import InProcess, Proxy
+from tests.lab.proxy import CommandLine, InProcess, Proxy
 from tests.lab.scenario import FlowSpec, Objects, Scenario
 
 FOLDER = Path(__file__).parent / "scenarios"
@@ -24,10 +24,10 @@ MODES = ("nftables",)
 CONNECTIONS_PER_CLIENT = 5
 
 
-def stories() -> Iterator[Any]:
+def stories(families: Iterable[Family] = Family, of_each_file: slice = slice(None)) -> Iterator[Any]:
     for path in sorted(FOLDER.glob("*.yaml")):
-        for family in Family:
-            for told in scenarios.read(path, family):
+        for family in families:
+            for told in scenarios.read(path, family)[of_each_file]:
                 for mode in MODES:
                     if mode in told.modes:
                         yield pytest.param(told, family, mode, id=f"{path.stem}: {told.name} ({family.name}, {mode})")
@@ -35,7 +35,15 @@ def stories() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("told", "family", "mode"), list(stories()))
 def test_scenario(told: Scenario, family: Family, mode: str, make_lab) -> None:
-    story = Story(make_lab(addresses=told.given.node["addresses"]), told.given, family, mode)
+    tell(told, Story(make_lab(addresses=told.given.node["addresses"]), told.given, family, mode, InProcess))
+
+
+@pytest.mark.parametrize(("told", "family", "mode"), list(stories([Family.IPv4], slice(1, 2))))
+def test_scenario_by_the_command_line(told: Scenario, family: Family, mode: str, make_lab) -> None:
+    tell(told, Story(make_lab(addresses=told.given.node["addresses"]), told.given, family, mode, CommandLine))
+
+
+def tell(told: Scenario, story: Story) -> None:
     try:
         story.begin()
         assert story.complaints(told.then) == [], "at first"
@@ -51,11 +59,14 @@ def test_scenario(told: Scenario, family: Family, mode: str, make_lab) -> None:
 class Story:
     """A scenario as it goes on."""
 
-    def __init__(self, lab: Lab, given: Objects, family: Family, mode: str) -> None:
+    def __init__(
+        self, lab: Lab, given: Objects, family: Family, mode: str, driver: type[InProcess] | type[CommandLine]
+    ) -> None:
         self._lab = lab
         self._now = given
         self._family = family
         self._mode = mode
+        self._driver = driver
         self._proxy = self._new_proxy()
         self._kept: dict[str, Connection] = {}
         self._remembered: dict[str, Mapping[str, str]] = {}
@@ -99,7 +110,7 @@ class Story:
 
     def _new_proxy(self) -> Proxy:
         config = {"mode": self._mode, "hostnameOverride": scenarios.NODE_NAME, **self._now.config}
-        return InProcess(self._lab.netns, config)
+        return self._driver(self._lab.netns, config)
 
     def _check(self, spec: FlowSpec) -> list[str]:
         if spec.again:

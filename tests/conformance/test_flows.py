@@ -10,7 +10,7 @@ import pytest
 from tests.conformance.flows import World, flow_complaints
 from tests.conformance.recorded import read
 from tests.lab.packets import Lab
-from tests.lab.proxy import InProcess, Proxy
+from tests.lab.proxy import CommandLine, InProcess, Proxy
 
 FLOWS = read("flows-nftables.json")
 
@@ -72,6 +72,20 @@ def test_a_fresh_proxy_for_each_step(scenario: dict[str, Any], make_lab, make_pr
         proxy = make_proxy(lab, world)
         proxy.apply(*world.objects)
         check(lab, proxy, world, step)
+
+
+@pytest.mark.parametrize("scenario", scenarios()[-1:])
+def test_the_command_line_does_the_same(scenario: dict[str, Any], make_lab) -> None:
+    world = World(scenario["config"])
+    lab = start_lab(scenario, world, make_lab)
+    proxy = CommandLine(lab.netns, world.configuration())
+
+    for step in scenario["steps"]:
+        world.advance(step)
+        proxy.delete(*step["delete"])
+        proxy.apply(*world.objects)
+        check(lab, proxy, world, step)
+    proxy.close()
 
 
 def start_lab(scenario: Mapping[str, Any], world: World, make_lab: Callable[..., Lab]) -> Lab:

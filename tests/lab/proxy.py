@@ -17,20 +17,19 @@ from typing import Any, Protocol
 
 import msgspec
 
-from kproxy import model
 from kproxy.api.events import Changed, Deleted, Listed
 from kproxy.api.objects import KINDS
 from kproxy.cluster import ClusterState
 from kproxy.config.decode import decode
 from kproxy.config.defaults import defaulted, with_mode
 from kproxy.config.v1alpha1 import API_VERSION, KIND, Configuration, ProxyMode
-from kproxy.conntrack import Conntrack, UDPService
 from kproxy.dataplane.base import Dataplane
 from kproxy.dataplane.nftables.dataplane import NftablesDataplane
 from kproxy.dataplane.nftables.kernel import NftablesKernel
 from kproxy.facts import Facts
 from kproxy.model import Family
 from kproxy.node_addresses import local_addresses
+from kproxy.observers import Cleaned
 from kproxy.reconcile import Reconciler
 from tests.lab.namespaces import Namespace
 
@@ -78,8 +77,7 @@ class InProcess:
         self._facts = Facts(self._config, mode, self._families, self.state, local_addresses)
         self._resources = ExitStack()
         self._dataplane = netns.run(_open, mode, self._families, self._resources)
-        self._reconciler: Reconciler | None = None
-        self._conntrack = Conntrack()
+        self._started: tuple[Reconciler, Cleaned] | None = None
 
     def apply(self, *items: Item) -> None:
         for item in items:
@@ -96,30 +94,14 @@ class InProcess:
         facts = self._facts()
         if facts is None:
             raise ValueError("the node's facts are not known yet: is there a Node object?")
-        if self._reconciler is None:
-            self._reconciler = Reconciler(self.state, self._dataplane, facts)
-        else:
-            self._reconciler.set_facts(facts)
-        self._reconciler.sync()
-        ports = [port for name in self.state.services() for port in self.state.service_ports(name)]
-        chosen = [facts.node_port_addresses.get(family) for family in self._families]
-        addresses = None if None in chosen else [address for own in chosen for address in own or ()]
-        frontends = {
-            (route.service_port.name, route.service_port.family): route.frontends
-            for name in self.state.services()
-            for route in self.state.routes(name)
-        }
-        self._conntrack.reconcile(
-            [
-                UDPService(
-                    tuple(frontend for _, frontend in frontends[port.name, port.family]),
-                    tuple(self.state.endpoints(port)),
-                )
-                for port in ports
-                if port.name.protocol is model.Protocol.UDP
-            ],
-            addresses,
-        )
+        if self._started is None:
+            reconciler = Reconciler(self.state, self._dataplane, facts)
+            self._started = reconciler, Cleaned(reconciler, local_addresses, None)
+        reconciler, cleaned = self._started
+        reconciler.set_facts(facts)
+        report = reconciler.sync()
+        cleaned.sync_done(report, 0.0)
+        cleaned.clean_now()
 
     def close(self) -> None:
         self._resources.close()
