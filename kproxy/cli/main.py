@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 
 import structlog
-import yaml
 
 from kproxy import __version__, logs
 from kproxy.api.errors import ApiConfigError, ManifestError
@@ -20,7 +19,7 @@ from kproxy.cli.flags import Color, Output
 from kproxy.cli.help import help_text
 from kproxy.cli.invocation import Action, Invocation, UsageError, parse, version_text
 from kproxy.config.errors import ConfigError
-from kproxy.config.v1alpha1 import to_kproxy_v1alpha1, to_v1alpha1
+from kproxy.config.files import config_yaml
 from kproxy.conntrack import ConntrackError
 from kproxy.dataplane.base import ApplyError, UnsupportedError
 from kproxy.proxy import StartError
@@ -54,10 +53,11 @@ def main(argv: Sequence[str]) -> int:
         for problem in error.problems:
             print(f"kproxy: {problem}", file=sys.stderr)
         print("kproxy: see kproxy --help", file=sys.stderr)
-        return 2 if any(argument.startswith("--dry-run") for argument in argv) else 1
+        return 2 if "--dry-run" in argv else 1
     failed = 2 if invocation.action is Action.DRY_RUN else 1
     logging = invocation.configuration.logging
-    logs.configure(logging.format.value if logging.format else None, logging.verbosity)
+    by_itself = None if invocation.action is Action.RUN else "text"  # who asks for something once is a person
+    logs.configure(logging.format.value if logging.format else by_itself, logging.verbosity)
     for warning in invocation.warnings:
         log.warning(warning)
     try:
@@ -97,8 +97,7 @@ def _act(invocation: Invocation) -> int:
 
 
 def _write_config(invocation: Invocation) -> None:
-    documents = [to_v1alpha1(invocation.configuration), to_kproxy_v1alpha1(invocation.settings)]
     path = invocation.write_config_to
     assert path is not None  # noqa: S101 - the action is asked for by giving the path
-    path.write_text(yaml.safe_dump_all(documents, sort_keys=False))
+    path.write_text(config_yaml(invocation.configuration, invocation.settings))
     log.info("wrote the configuration", path=str(path))

@@ -126,7 +126,7 @@ def test_an_empty_configuration_has_kube_proxys_defaults(read):
             "tcpFinTimeout": "0s",
             "udpTimeout": "0s",
         },
-        "nftables": {"masqueradeBit": 14, "masqueradeAll": False, "syncPeriod": "30s", "minSyncPeriod": "1s"},
+        "nftables": {"masqueradeBit": 14, "masqueradeAll": False, "syncPeriod": "30s", "minSyncPeriod": "0s"},
         "winkernel": {
             "networkName": "",
             "sourceVip": "",

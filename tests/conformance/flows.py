@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kproxy.model import DetectLocalMode, Family, Protocol
+from kproxy.node_addresses import is_loopback
 from tests.lab.expectations import Action, Expectation, complaints
 from tests.lab.flows import Flow, Origin
 from tests.lab.packets import Lab
@@ -93,18 +94,20 @@ class World:
             chosen["detectLocalMode"] = detect["mode"]
         return chosen
 
+    def addresses(self) -> list[str]:
+        """The node's own addresses, without loopback."""
+        interfaces = self.config["interfaces"].values()
+        own = {address.partition("/")[0] for addresses in interfaces for address in addresses}
+        own |= set(self.config.get("local_ips") or [])
+        return sorted(address for address in own if not is_loopback(address))
+
     def lab_arguments(self) -> dict[str, Any]:
         """The node that the recording describes."""
-        config = self.config
-        interfaces = {name: addresses for name, addresses in config["interfaces"].items() if name != "lo"}
-        own = {a.partition("/")[0] for addresses in interfaces.values() for a in addresses}
-        own |= set(config.get("local_ips") or [])
-        detect = config["detect_local"]
-        pods = detect.get("bridge_interface") or (detect.get("interface_prefix") or "pods")
+        detect = self.config["detect_local"]
         return {
-            "addresses": sorted(a for a in own if a not in ("127.0.0.1", "::1")),
-            "outside": next(iter(interfaces), "eth0"),
-            "pods": pods,
+            "addresses": self.addresses(),
+            "outside": next((name for name in self.config["interfaces"] if name != "lo"), "eth0"),
+            "pods": detect.get("bridge_interface") or detect.get("interface_prefix") or "pods",
         }
 
 

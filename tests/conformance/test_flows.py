@@ -44,8 +44,13 @@ def test_one_proxy_through_all_steps(scenario: dict[str, Any], make_lab, make_pr
 
     for step in scenario["steps"]:
         world.advance(step)
-        proxy.delete(*step["delete"])
-        proxy.apply(*step["apply"])
+        if "config_change" in step:  # as a user does it: with a restart
+            proxy.close()
+            proxy = make_proxy(lab, world)
+            proxy.apply(*world.objects)
+        else:
+            proxy.delete(*step["delete"])
+            proxy.apply(*step["apply"])
         check(lab, proxy, world, step)
 
 
@@ -96,6 +101,9 @@ def start_lab(scenario: Mapping[str, Any], world: World, make_lab: Callable[...,
 
 
 def check(lab: Lab, proxy: Proxy, world: World, step: Mapping[str, Any]) -> None:
+    for address in world.addresses():
+        if address not in lab.node.addresses:
+            lab.node.add_address(address)
     proxy.sync()
     lab.flush_conntrack()
     found = [complaint for flow in step["flows"] for complaint in flow_complaints(lab, proxy, world, flow)]
