@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -46,22 +47,20 @@ def test_a_slice_that_says_the_same_is_no_change(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", cases("local_ready_addresses"))
 def test_local_ready_endpoints_are_counted_for_health_checks(case: dict[str, Any]) -> None:
     state = new_state("here")
-    for number, port in enumerate(case["endpoints"]):
-        put(state, service_with_health_check(port["namespace"], port["name"], case["endpoints"]))
-        put(state, slice_of(number, port))
+    put(state, *services_with_health_checks(case["endpoints"]))
 
-    counted = {str(name): summarise(state.routes(name)).local_ready for name in state.services()}
+    put(state, *(slice_of(number, port) for number, port in enumerate(case["endpoints"])))
 
-    assert {name: count for name, count in counted.items() if count} == {
-        name: len(addresses) for name, addresses in case["expected_local_ready_ips"].items()
-    }
+    expected = {name: len(addresses) for name, addresses in case["expected_local_ready_ips"].items()}
+    assert ready_here(state) == expected
 
 
 @pytest.mark.parametrize("case", cases("endpoints_update"))
 def test_endpoints_follow_their_slices(case: dict[str, Any]) -> None:
     state = new_state(case["node_name"])
-    put(state, *(s for s in case["previous_slices"] if s))
     mentioned = case["expected_before"] + case["expected_after"]
+    put(state, *services_with_health_checks(mentioned))
+    put(state, *(s for s in case["previous_slices"] if s))
     before = endpoints(state, mentioned)
     state.dirty.clear()
 
@@ -75,6 +74,7 @@ def test_endpoints_follow_their_slices(case: dict[str, Any]) -> None:
     assert nonempty(before) == expected_endpoints(case["expected_before"])
     assert nonempty(endpoints(state, mentioned)) == expected_endpoints(case["expected_after"])
     assert {str(name) for name in state.dirty} == set(case["expected_changed_services"])
+    assert ready_here(state) == case["expected_local_ready_endpoints"]
 
 
 @pytest.mark.parametrize("case", cases("slice_update"))
@@ -246,22 +246,30 @@ def with_address_type(item: dict[str, Any]) -> dict[str, Any]:
     return item | {"addressType": item["addressType"] or "IPv4"}
 
 
-def service_with_health_check(namespace: str, name: str, ports: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The Service to which the recorded endpoints belong, so that its local endpoints count."""
-    mine = [p for p in ports if (p["namespace"], p["name"]) == (namespace, name)]
-    spec_ports = [{"name": p["port"], "port": i + 1, "protocol": p["protocol"]} for i, p in enumerate(mine)]
-    return {
-        "kind": "Service",
-        "metadata": {"namespace": namespace, "name": name},
-        "spec": {
-            "type": "LoadBalancer",
-            "clusterIP": f"172.30.0.{namespace[-1]}",
-            "externalTrafficPolicy": "Local",
-            "healthCheckNodePort": 30000,
-            "ports": spec_ports,
-        },
-        "status": {"loadBalancer": {"ingress": [{"ip": "1.2.3.4"}]}},
-    }
+def ready_here(state: ClusterState) -> dict[str, int]:
+    """What the health check node port of each Service would report, if anything."""
+    counted = {str(name): sum(n for _, n in summarise(state.routes(name)).ready_here) for name in state.services()}
+    return {name: count for name, count in counted.items() if count}
+
+
+def services_with_health_checks(ports: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The Services to which the recorded endpoints belong, such that their local endpoints count."""
+    by_service: defaultdict[tuple[str, str], set[tuple[str, str]]] = defaultdict(set)
+    for port in ports:
+        by_service[port["namespace"], port["name"]].add((port["port"], port["protocol"]))
+    for number, ((namespace, name), wanted) in enumerate(by_service.items()):
+        yield {
+            "kind": "Service",
+            "metadata": {"namespace": namespace, "name": name},
+            "spec": {
+                "type": "LoadBalancer",
+                "clusterIP": f"172.30.0.{number + 1}",
+                "externalTrafficPolicy": "Local",
+                "healthCheckNodePort": 30000 + number,
+                "ports": [{"name": n, "protocol": p, "port": i + 1} for i, (n, p) in enumerate(sorted(wanted))],
+            },
+            "status": {"loadBalancer": {"ingress": [{"ip": f"1.2.3.{number + 1}"}]}},
+        }
 
 
 def slice_of(number: int, port: Mapping[str, Any]) -> dict[str, Any]:
