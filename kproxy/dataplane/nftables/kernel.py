@@ -36,6 +36,7 @@ _FRAME_BYTES = 24  # headers and padding of a message, at most
 _SET_COUNT = 20  # NFTA_SET_COUNT
 _GENERATION = 1  # NFTA_GEN_ID
 _TABLE_NAME_ATTRIBUTE = 1
+_OF_ELEMENTS = frozenset((Msg.NEWSETELEM, Msg.DELSETELEM, Msg.DESTROYSETELEM))
 # Not the fault of what was asked for: the same may work later.
 _TRANSIENT = frozenset((errno.EPERM, errno.EBUSY, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EINTR))
 
@@ -164,12 +165,11 @@ class NftablesKernel:
             rules.setdefault(name, []).append(rule)
         return {ChainKey(family, name): Chain(hook, tuple(rules[name])) for name, hook in hooks.items()}
 
-    def _dump(self, kind: Msg, family: Family) -> Iterator[bytes]:
-        """Objects of our table."""
+    def _dump(self, kind: Msg, family: Family) -> list[bytes]:
+        """Objects of our table; all of them, since the kernel takes no other request before a dump has ended."""
         table = string(_TABLE_NAME_ATTRIBUTE, TABLE_NAME)
-        for received in self._socket.dump(kind, NFPROTO[family], table):
-            if received.attributes.startswith(table):  # chains are dumped for all tables
-                yield received.attributes
+        dumped = [received.attributes for received in self._socket.dump(kind, NFPROTO[family], table)]
+        return [attributes for attributes in dumped if attributes.startswith(table)]  # chains come from all tables
 
     def _dump_elements(self, where: Container) -> Iterator[bytes]:
         for received in self._socket.dump(Msg.GETSETELEM, NFPROTO[where.family], location(where)):
@@ -309,6 +309,7 @@ class NftablesKernel:
         if any(error.errno == errno.ENOENT and _removes_learned(steps[error.position]) for error in errors):
             raise _Expired
         busy = {steps[e.position].keys for e in errors if e.position >= 0 and _deletes_busy_chain(e, steps[e.position])}
+        busy -= {step.keys for step in steps if step.message.type is Msg.NEWCHAIN}
         if busy and all(steps[e.position].keys in busy for e in errors):
             # Kernels before 6.2 count the references of a removed element a moment longer. An unused chain does no
             # harm; the next read finds it.
@@ -348,7 +349,7 @@ def _refuse(errors: list[MessageError], steps: list[Step]) -> NoReturn:
         reason = "CAP_NET_ADMIN is missing" if first.errno == errno.EPERM else os.strerror(first.errno)
         raise ApplyError(f"nftables: the kernel refused the transaction: {reason}", transient=True)
     refused = [(error, steps[error.position]) for error in errors if error.position >= 0]
-    structural = [(error, step) for error, step in refused if LIST_ELEMENT_TYPES.isdisjoint((step.message.type,))]
+    structural = [(error, step) for error, step in refused if step.message.type not in _OF_ELEMENTS]
     culprits = dict.fromkeys(key for error, step in structural or refused for key in _culprits(error, step))
     error, step = (structural or refused)[0]
     what = _culprits(error, step)
@@ -363,11 +364,8 @@ def _refuse(errors: list[MessageError], steps: list[Step]) -> NoReturn:
     )
 
 
-LIST_ELEMENT_TYPES = frozenset((Msg.NEWSETELEM, Msg.DELSETELEM, Msg.DESTROYSETELEM))
-
-
 def _culprits(error: MessageError, step: Step) -> tuple[object, ...]:
-    if step.message.type not in LIST_ELEMENT_TYPES or len(step.keys) == 1:
+    if step.message.type not in _OF_ELEMENTS or len(step.keys) == 1:
         return step.keys
     key = element_at(step, error.offset) if error.offset else None
     return () if key is None else (key,)
