@@ -56,7 +56,8 @@ def main(argv: Sequence[str]) -> int:
         return 2 if "--dry-run" in argv else 1
     failed = 2 if invocation.action is Action.DRY_RUN else 1
     logging = invocation.configuration.logging
-    by_itself = None if invocation.action is Action.RUN else "text"  # who asks for something once is a person
+    # Who asks for something once is a person, as a rule.
+    by_itself: logs.LogFormat | None = None if invocation.action is Action.RUN else "text"
     logs.configure(logging.format.value if logging.format else by_itself, logging.verbosity)
     for warning in invocation.warnings:
         log.warning(warning)

@@ -172,7 +172,7 @@ def test_recorded_counts_of_local_endpoints(health_cases):
         for step in case["steps"]:
             for item in step["apply"]:
                 state.apply(Changed(item["kind"], decode(item)))
-            counts = {service: summarise(state.routes(service)).local_ready for service in state.services()}
+            counts = {s: sum(dict(summarise(state.routes(s)).ready_here).values()) for s in state.services()}
             assert {s: n for s, n in counts.items() if n} == by_name(step["expected_local_ready_endpoints"])
 
 
