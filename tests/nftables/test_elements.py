@@ -137,26 +137,23 @@ def test_a_reader_never_sees_half_a_transaction(kernel: NftablesKernel, open_ker
     key = {name: container(V4, name).key(address(V4, 1), 6, 80) for name in ("services", "no-endpoints")}
     kernel.apply([*diff(LAYOUT, {}), Change(key["services"], None, ("drop", ""))])
     reader = open_kernel()
-    done = threading.Event()
+    enough = threading.Event()
 
     def write() -> None:
-        for _ in range(300):
-            for here, there in (("services", "no-endpoints"), ("no-endpoints", "services")):
-                kernel.apply([Change(key[there], None, ("drop", "")), Change(key[here], ("drop", ""), None)])
-        done.set()
+        here, there = "services", "no-endpoints"
+        while not enough.wait(0.002):
+            kernel.apply([Change(key[there], None, ("drop", "")), Change(key[here], ("drop", ""), None)])
+            here, there = there, here
 
     writer = threading.Thread(target=write)
     writer.start()
-    reads = 0
-    while not done.is_set():
-        try:
-            entries = reader.read()
-        except BlockingIOError:  # too much was going on: said, not guessed
-            continue
-        assert (key["services"] in entries) != (key["no-endpoints"] in entries)
-        reads += 1
-    writer.join()
-    assert key["services"] in reader.read()
+    try:
+        seen = [reader.read() for _ in range(30)]
+    finally:
+        enough.set()
+        writer.join()
+    assert all((key["services"] in entries) != (key["no-endpoints"] in entries) for entries in seen)
+    assert {key["services"] in entries for entries in seen} == {True, False}
 
 
 def test_counters_count_the_packets_that_an_element_matched(kernel: NftablesKernel, netns: Namespace):
