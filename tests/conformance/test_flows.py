@@ -83,14 +83,13 @@ def test_a_fresh_proxy_for_each_step(scenario: dict[str, Any], make_lab, make_pr
 def test_the_command_line_does_the_same(scenario: dict[str, Any], make_lab) -> None:
     world = World(scenario["config"])
     lab = start_lab(scenario, world, make_lab)
-    proxy = CommandLine(lab.netns, world.configuration())
 
     for step in scenario["steps"]:
         world.advance(step)
-        proxy.delete(*step["delete"])
+        proxy = CommandLine(lab.netns, world.configuration())
         proxy.apply(*world.objects)
         check(lab, proxy, world, step)
-    proxy.close()
+        proxy.close()
 
 
 def start_lab(scenario: Mapping[str, Any], world: World, make_lab: Callable[..., Lab]) -> Lab:
