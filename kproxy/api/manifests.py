@@ -106,8 +106,6 @@ class ManifestFiles:
             ]
         if file.content is not None and not errors:
             file.in_force = file.content.objects
-        else:
-            file.in_force = {key: item for key, item in file.in_force.items() if key not in owners}
         owners.update(dict.fromkeys(file.in_force, file.path))
         return errors
 

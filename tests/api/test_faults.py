@@ -166,6 +166,25 @@ def test_the_attempts_become_rarer_up_to_the_limit(api: ApiServer):
     assert 0.23 <= took < 2.0
 
 
+def test_after_a_success_the_attempts_begin_quickly_again(api: ApiServer):
+    seen = Recorder()
+    pace = Pace(first_retry=0.1, longest_retry=0.4)
+    source = ApiServerSource(connect(master=api.url, qps=-1), node_name="node-1", pace=pace, randomness=_Highest())
+    source.start(seen)
+    seen.until(lambda: seen.complete)
+    api.down()
+    seen.until(lambda: len(seen.complaints()) == 3)
+    api.up()
+    api.put(service("web"))
+    seen.until(lambda: seen.names() == {"default/web"})
+    api.down()
+    seen.until(lambda: len(seen.complaints()) == 4)
+    source.stop()
+
+    delays = [complaint.partition("trying again in ")[2].partition(" s")[0] for complaint in seen.complaints()]
+    assert delays == ["0.1", "0.2", "0.4", "0.1"]
+
+
 def test_retry_after_is_obeyed(api: ApiServer, follow: Follow):
     api.faults.add(Answer(429, (("Retry-After", "7"),)), resource="services")
 

@@ -99,6 +99,18 @@ def test_a_change_of_one_object_is_told_and_nothing_else(
     assert seen.objects["Service"]["default/two"].spec.cluster_ip == "10.96.0.99"
 
 
+def test_what_is_removed_goes_in_the_order_that_leaves_no_service_without_endpoints(
+    tmp_path: Path, follow_files: FollowFiles
+):
+    path = put(tmp_path / "all.json", service(), endpoint_slice())
+    seen = follow_files(path)
+
+    path.unlink()
+    seen.until(lambda: not seen.names("EndpointSlice"))
+
+    assert [event.kind for event in seen.events if isinstance(event, Deleted)] == ["Service", "EndpointSlice"]
+
+
 def test_files_that_come_and_go_in_a_directory(tmp_path: Path, follow_files: FollowFiles):
     seen = follow_files(tmp_path)
     assert seen.names() == set()
@@ -138,6 +150,19 @@ def test_a_directory_that_is_moved_away_and_replaced(tmp_path: Path, follow_file
     seen.until(lambda: seen.names() == {"default/newer"})
 
 
+def test_a_file_whose_directory_is_moved_away(tmp_path: Path, follow_files: FollowFiles):
+    folder = tmp_path / "one" / "two"
+    folder.mkdir(parents=True)
+    path = put(folder / "a.json", service("old"))
+    seen = follow_files(path)
+
+    folder.rename(tmp_path / "away")
+    seen.until(lambda: seen.names() == set())
+    folder.mkdir()
+    put(path, service("new"))
+    seen.until(lambda: seen.names() == {"default/new"})
+
+
 @pytest.mark.parametrize("single_file", [False, True], ids=["the volume", "a file in it"])
 def test_a_config_map_volume_that_is_updated(tmp_path: Path, follow_files: FollowFiles, single_file: bool):
     config_map(tmp_path, 1, services=[service("one")])
@@ -175,6 +200,8 @@ def test_a_broken_file_keeps_its_objects_until_it_is_mended_and_others_go_on(
     seen.until(lambda: "default/c" in seen.names())
     assert seen.names() == {"default/a", "default/b", "default/c"}
     assert seen.objects["Service"]["default/a"].spec.ports[0].port == 80
+    put(tmp_path / "b.json", service("b"))
+    seen.until(lambda: "default/c" not in seen.names())
     errors = [entry["error"] for entry in logs if entry["log_level"] == "error"]
     assert errors == [f"{broken}: document 1 (Service default/a): spec.ports[0].port: Expected int >= 1"]
 
@@ -184,11 +211,12 @@ def test_a_broken_file_keeps_its_objects_until_it_is_mended_and_others_go_on(
     seen.until(lambda: any(entry["event"] == "the manifests are in order again" for entry in logs))
 
 
+@pytest.mark.parametrize(("from_file", "to_file"), [("a", "b"), ("b", "a")])
 def test_an_object_that_moves_to_another_file_is_never_missing(
-    tmp_path: Path, follow_files: FollowFiles, logs: list[EventDict]
+    tmp_path: Path, follow_files: FollowFiles, logs: list[EventDict], from_file: str, to_file: str
 ):
-    old = put(tmp_path / "a.json", service("web"), service("stays"))
-    new = put(tmp_path / "b.json", service("other"))
+    old = put(tmp_path / f"{from_file}.json", service("web"), service("stays"))
+    new = put(tmp_path / f"{to_file}.json", service("other"))
     seen = follow_files(tmp_path)
     before = len(seen.events)
 

@@ -118,6 +118,29 @@ def test_a_watch_goes_on_from_the_last_bookmark_after_an_orderly_end(api: ApiSer
     assert seen.complaints() == []
 
 
+def test_a_watch_goes_on_from_the_last_event_after_the_connection_was_lost(api: ApiServer, follow: Follow):
+    seen = follow()
+    version = api.put(service("web"))["metadata"]["resourceVersion"]
+    seen.until(lambda: seen.names() == {"default/web"})
+
+    api.down()
+    api.up()
+
+    seen.until(lambda: len(requests(api, watch=True)) == 2)
+    assert requests(api, watch=True)[-1].query["resourceVersion"] == version
+
+
+def test_the_pages_of_a_list_count_as_one_request_for_the_rate_limit(api: ApiServer, follow: Follow):
+    api.put_all(service(f"web-{number}") for number in range(10))
+    four_lists_and_four_watches = 8
+
+    seen = follow(
+        connect(master=api.url, qps=0.01, burst=four_lists_and_four_watches), pace=IN_PAGES_OF_TWO, stream=False
+    )
+
+    assert len(seen.names()) == 10
+
+
 def test_watches_ask_for_bookmarks_and_end_after_five_to_ten_minutes(api: ApiServer, follow: Follow):
     follow(pace=Pace())
 

@@ -482,6 +482,12 @@ def test_json_that_cannot_be_read(tmp_path: Path, text: str, error: str):
     assert refused(written(tmp_path / "a.json", text)) == [f"a.json: {error}"]
 
 
+def test_a_byte_order_mark_is_skipped(tmp_path: Path):
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + msgspec.json.encode(service()))
+
+    assert set(load(tmp_path)) == {"default/web"}
+
+
 def test_a_file_that_is_not_utf_8(tmp_path: Path):
     (tmp_path / "a.yaml").write_bytes(b"kind: \xff")
 
