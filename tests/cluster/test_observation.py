@@ -9,7 +9,7 @@ import pytest
 from tests.cluster.conftest import proxies
 from tests.lab.cluster import Cluster
 from tests.lab.cluster_objects import load_balancer, service
-from tests.lab.traffic import settle
+from tests.lab.traffic import NoAnswer, fails_as, settle
 from tests.lab.waiting import eventually
 
 IP4 = "10.96.0.10"
@@ -59,9 +59,10 @@ def test_the_health_check_node_port_tells_which_nodes_have_a_pod(cluster: Cluste
 def test_metrics_count_syncs_and_measure_how_long_programming_took(cluster: Cluster):
     node = cluster.nodes[0]
     (proxy, *_) = proxies(cluster)
+    cluster.apply(service("web", IP4))
+    fails_as(node, f"http://{IP4}/", NoAnswer.REFUSED)
     before = proxy.scrape()
     cluster.run_pod("web-0", node, {"app": "web"})
-    cluster.apply(service("web", IP4))
     settle(node, f"http://{IP4}/", {"web-0"})
 
     def more(name: str) -> float:

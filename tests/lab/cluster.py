@@ -86,14 +86,17 @@ class Pod(Host):
             [self._listener(port, socket.SOCK_DGRAM) for port in udp],
         )
 
-    def unplug(self) -> None:
-        """Take the pod off the network at once. (Otherwise the kernel does so some time after `close`.)"""
-        self.node.exec("ip", "link", "del", self._device)
+    def stop(self) -> None:
+        """End the server. The address stays up, so that clients are refused and not left waiting: conntrack keeps an
+        unanswered SYN for two minutes, and sends a client that takes the same source port again to the same dead pod.
+        """
+        if self._server is not None:
+            self._server.close()
+            self._server = None
 
     def close(self) -> None:
         """End the server and leave the namespace."""
-        if self._server is not None:
-            self._server.close()
+        self.stop()
         super().close()
 
     def _listener(self, port: int, kind: socket.SocketKind) -> socket.socket:
@@ -144,6 +147,7 @@ class Cluster:
         self._closing = ExitStack()
         self._directory = Path(self._closing.enter_context(tempfile.TemporaryDirectory(prefix="kproxy-lab-")))
         self.pods: list[Pod] = []
+        self._ended: list[Pod] = []
         try:
             self.fabric = self._host(Host("fabric", API_ADDRESS, "fd00:30::fe"))
             self.client = self._host(Host("client", "203.0.113.10", "2001:db8:113::10"))
@@ -167,9 +171,7 @@ class Cluster:
 
     def close(self) -> None:
         """End every process and leave every namespace."""
-        for pod in list(self.pods):
-            pod.close()
-        self.pods.clear()
+        self._close_pods()
         self._closing.close()
 
     # Pods
@@ -207,8 +209,8 @@ class Cluster:
     def remove_pod(self, pod: Pod) -> None:
         """End a pod at once."""
         self.pods.remove(pod)
-        pod.unplug()
-        pod.close()
+        self._ended.append(pod)
+        pod.stop()
         self._controller.sync()
 
     # Objects
@@ -229,9 +231,13 @@ class Cluster:
         for service in self.api.objects("Service"):
             if service["metadata"]["name"] != "kubernetes":  # a real API server's own
                 self.api.delete("Service", service["metadata"]["name"])
-        while self.pods:
-            self.pods.pop().close()
+        self._close_pods()
         self._controller.sync()
+
+    def _close_pods(self) -> None:
+        for pods in self.pods, self._ended:
+            while pods:
+                pods.pop().close()
 
     # The network
 
@@ -252,7 +258,6 @@ class Cluster:
             f"--nodeport-addresses={node.ipv4}/32,{node.ipv6}/128",
             f"--healthz-bind-address=0.0.0.0:{HEALTHZ_PORT}",
             f"--metrics-bind-address=127.0.0.1:{METRICS_PORT}",
-            "--iptables-min-sync-period=0s",  # counts for nftables too; by default a second passes between two syncs
             "--conntrack-max-per-core=0",  # the kernel lets no other namespace than its first write that limit
         ]
 
@@ -313,8 +318,6 @@ class Cluster:
                 "link set eth0 up",
                 f"route add default via {fabric.ipv4}",
                 f"route add default via {fabric.ipv6}",
-                f"route add unreachable 10.244.{node.number}.0/24",  # a pod that is gone is not somewhere outside
-                f"route add unreachable fd00:244:{node.number:x}::/64",
                 *(f"route add 10.244.{other.number}.0/24 via {other.ipv4}" for other in others),
                 *(f"route add fd00:244:{other.number:x}::/64 via {other.ipv6}" for other in others),
             )
