@@ -139,3 +139,18 @@ def test_traffic_distribution_becomes_hints(api: ApiServer, distribution: str, h
     EndpointSliceController(api, [APod("a", "10.244.1.2")]).sync()
 
     assert slices(api)[0]["endpoints"][0]["hints"] == hints
+
+
+def test_the_empty_slice_becomes_the_first_one_and_the_last_one_the_empty_one(api: ApiServer):
+    api.put(service("web", IP4))
+    pods: list[APod] = []
+    controller = EndpointSliceController(api, pods)
+    controller.sync()
+    (name,) = (written["metadata"]["name"] for written in slices(api))
+
+    pods.append(APod("a", "10.244.1.2"))
+    controller.sync()
+    assert [(written["metadata"]["name"], len(written["endpoints"])) for written in slices(api)] == [(name, 1)]
+    pods.clear()
+    controller.sync()
+    assert [(written["metadata"]["name"], len(written["endpoints"])) for written in slices(api)] == [(name, 0)]

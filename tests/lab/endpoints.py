@@ -73,6 +73,7 @@ class EndpointSliceController:
 
     def _write(self, key: tuple[str, str], wanted: list[Object]) -> None:
         known = {old["metadata"]["name"]: old for old in self._slices.get(key, [])}
+        self._name(key[1], wanted, known)
         for new in wanted:
             if known.pop(new["metadata"]["name"], None) != new:
                 self._api.put(new)
@@ -81,6 +82,17 @@ class EndpointSliceController:
         self._slices[key] = wanted
         if not wanted:
             del self._slices[key]
+
+    def _name(self, service: str, wanted: list[Object], known: dict[str, Object]) -> None:
+        """Name the new slices; a slice that would go is used again for them, so that nothing is gone in between."""
+        kept = {new["metadata"]["name"] for new in wanted}
+        free = [(old["addressType"], name) for name, old in known.items() if name not in kept]
+        for new in wanted:
+            if not new["metadata"]["name"]:
+                again = next((place for place in free if place[0] == new["addressType"]), None)
+                if again:
+                    free.remove(again)
+                new["metadata"]["name"] = again[1] if again else f"{service}-{next(self._numbers):05d}"
 
     def _plan(self, service: Object, present: list[Object]) -> list[Object]:
         groups: dict[_Group, dict[str, tuple[PodState, Object]]] = {}
@@ -93,33 +105,31 @@ class EndpointSliceController:
                     groups.setdefault(group, {})[address] = (pod, _endpoint(service, pod, address))
         planned = []
         for group, endpoints in groups.items():
-            for name, addresses in self._places(service, group, list(endpoints), present):
+            for name, addresses in _places(group, list(endpoints), present):
                 planned.append(_slice(service, group, name, [endpoints[address] for address in addresses]))
         if not planned:  # a Service that nothing matches has a slice too, an empty one
-            name = f"{service['metadata']['name']}-empty"
-            planned = [_slice(service, _Group(family, ()), f"{name}-{family.lower()}", []) for family in families]
+            planned = [_slice(service, _Group(family, ()), "", []) for family in families]
         return planned
 
-    def _places(
-        self, service: Object, group: _Group, addresses: Sequence[str], present: list[Object]
-    ) -> list[tuple[str, list[str]]]:
-        """Which address is in which slice."""
-        places: list[tuple[str, list[str]]] = []
-        placed = set()
-        for old in present:
-            if _group_of(old) == group:
-                kept = [e["addresses"][0] for e in old["endpoints"] if e["addresses"][0] in addresses]
-                placed.update(kept)
-                places.append((old["metadata"]["name"], kept))
-        for address in addresses:
-            if address in placed:
-                continue
-            room = next((kept for _, kept in places if len(kept) < MAX_ENDPOINTS), None)
-            if room is None:
-                room = []
-                places.append((f"{service['metadata']['name']}-{next(self._numbers):05d}", room))
-            room.append(address)
-        return [(name, kept) for name, kept in places if kept]
+
+def _places(group: _Group, addresses: Sequence[str], present: list[Object]) -> list[tuple[str, list[str]]]:
+    """Which address is in which slice; a slice that is to be made has no name yet."""
+    places: list[tuple[str, list[str]]] = []
+    placed = set()
+    for old in present:
+        if _group_of(old) == group:
+            kept = [e["addresses"][0] for e in old["endpoints"] if e["addresses"][0] in addresses]
+            placed.update(kept)
+            places.append((old["metadata"]["name"], kept))
+    for address in addresses:
+        if address in placed:
+            continue
+        room = next((kept for _, kept in places if len(kept) < MAX_ENDPOINTS), None)
+        if room is None:
+            room = []
+            places.append(("", room))
+        room.append(address)
+    return [(name, kept) for name, kept in places if kept]
 
 
 def _ports(service: Object, pod: PodState) -> Iterable[tuple[str, str, int]]:
