@@ -135,7 +135,8 @@ class Connection:
         burst: int = 10,
     ) -> None:
         self._load = load
-        self._limit = RateLimit(qps, burst)
+        self._reads = RateLimit(qps, burst)
+        self._writes = RateLimit(qps, burst)  # of its own: no Event holds up a watch
         self._lock = threading.Lock()
         self._session = self._open_session()
 
@@ -158,7 +159,7 @@ class Connection:
 
         `read_seconds` is the longest silence. Only `limited` requests count for the rate limit.
         """
-        if limited and (delay := self._limit.reserve()):
+        if limited and (delay := (self._reads if method == "GET" else self._writes).reserve()):
             time.sleep(delay)
         session = self._session
         try:

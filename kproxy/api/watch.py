@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 INITIAL_EVENTS_END = "k8s.io/initial-events-end"
 LONGEST_RETRY_AFTER = 300.0  # seconds; a server that asks for more is asked again all the same
 WARN_AGAIN = 300.0  # seconds between warnings while it goes on failing
+# Of a watch: forgotten (410), unknown (400), or newer than what this server knows (504), as after a restored backup.
+_VERSION_REFUSED = (400, 410, 504)
+_STREAM_REFUSED = (400, 405, 406, 415, 422, 501)
 _log = structlog.get_logger(__name__)
 
 
@@ -92,6 +95,7 @@ class Watch:
         self._failures = 0
         self._warn_at = 0.0
         self._listed = False
+        self._taken_for_empty = False
 
     def stop(self) -> None:
         """End soon; returns at once. Nothing is delivered after what is being delivered now."""
@@ -119,8 +123,7 @@ class Watch:
                 )
             except _RelistError as doubt:
                 self._version = ""
-                delay = self._retry_delay()
-                _log.info("everything is listed again", kind=self.kind, reason=str(doubt))
+                delay = self._doubted(doubt)
             except ApiError as error:
                 delay = self._failed(error)
             if delay:
@@ -210,16 +213,16 @@ class Watch:
                     self._deliver(Alive(self.kind))
                 self._recovered()
                 for line in response.lines():
+                    heard = True
                     if listing is None:
                         self._took(_event(line))
+                        self._failures = 0  # not before: a list may succeed and each watch after it fail
+                        if self._clock() >= self._relist_at:
+                            return
                     elif self._took_initial(_event(line), listing):
                         self._complete(listing)
                         listing = None
                         response.allow_silence(self._pace.silence)
-                    heard = True
-                    self._failures = 0
-                    if listing is None and self._clock() >= self._relist_at:
-                        return
         except SilentError as error:
             if not established:
                 raise
@@ -229,14 +232,16 @@ class Watch:
             _log.debug("a silent watch is begun anew", kind=self.kind, error=str(error))
             return
         except ApiError as error:
-            if error.status == 410:
-                raise _RelistError(str(error)) from error
-            if listing is not None and error.status in (400, 405, 406, 415, 422, 501):
+            if listing is not None and error.status in _STREAM_REFUSED:
                 raise _NoStreamError(str(error)) from error
+            if error.status in _VERSION_REFUSED:
+                raise _RelistError(str(error)) from error
             raise
         if listing is not None and not self._stopped.is_set():
             raise _NoStreamError("the stream ended before the end of the initial events was announced")
-        if not heard and self._clock() - began < 1.0:
+        if self._clock() - began >= 1.0:
+            self._failures = 0
+        elif not heard:
             raise ApiError(f"{self._url()}: the watch ended at once")
 
     def _watch_query(self, *, streamed: bool) -> dict[str, str]:
@@ -304,6 +309,13 @@ class Watch:
             _log.info("the API server answers again", kind=self.kind, server=self._connection.server)
             self._warn_at = 0.0
 
+    def _doubted(self, doubt: _RelistError) -> float:
+        """Tell of a doubt: a single one is everyday business. Returns the seconds until everything is listed again."""
+        if self._failures:
+            return self._failed(ApiError(f"{self._url()}: {doubt}"))
+        _log.info("everything is listed again", kind=self.kind, reason=str(doubt))
+        return self._retry_delay()
+
     def _failed(self, error: ApiError) -> float:
         """Tell of a failure. Returns the seconds until the next attempt."""
         if self._stopped.is_set():
@@ -326,11 +338,11 @@ class Watch:
         delay = self._pace.missing_retry * self._random.uniform(0.75, 1.25)
         if self._listed:
             self._deliver(Unavailable(self.kind, f"{error}; trying again in {delay:.0f} s"))
-        else:
+        elif not self._taken_for_empty:
+            self._taken_for_empty = True
             _log.info(
                 "this kind is not served to us, which is taken for an empty list", kind=self.kind, error=str(error)
             )
-            self._listed = True
             self._deliver(Listed(self.kind, frozenset()))
         return delay
 

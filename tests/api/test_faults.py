@@ -204,8 +204,8 @@ def test_kinds_that_are_forbidden_or_unknown_to_the_server_count_as_empty(
 
     seen = follow(pace=Pace(missing_retry=0.05, first_retry=0.02))
     assert seen.names("Service") == {"default/web"}
-    assert seen.complaints("ServiceCIDR") == []
     seen.until(lambda: seen.names("ServiceCIDR") == {"/kubernetes"}, "it is found once it may be read")
+    assert seen.complaints("ServiceCIDR") == []
 
     told = [entry for entry in logs if entry["event"].startswith("this kind is not served to us")]
     assert len(told) == 1
@@ -293,6 +293,31 @@ def test_a_watch_that_always_ends_at_once_is_not_repeated_in_a_busy_loop(api: Ap
     seen.until(lambda: len(seen.complaints("EndpointSlice")) == 3)
     assert "the watch ended at once" in seen.complaints("EndpointSlice")[0]
     assert len([r for r in api.requests if "endpointslices" in r.path]) == 4  # a list and three watches
+
+
+def test_a_server_that_knows_less_than_we_do_is_listed_again(api: ApiServer, follow: Follow):
+    """As after etcd was restored from a backup."""
+    api.put_all(service(f"lost-{number}") for number in range(3))
+    seen = follow()
+    address, port = api.address, api.port
+    api.down()
+
+    with ApiServer(address, port) as restored:
+        restored.put(service("kept"))
+        seen.until(lambda: seen.names() == {"default/kept"})
+
+
+def test_doubts_that_do_not_end_are_a_failure(api: ApiServer, follow: Follow):
+    seen = follow()
+    api.faults.add(Answer(410), resource="services", verb="watch", times=None)
+    api.bookmark()
+    api.faults.add(OnEvent.GONE, resource="services")
+    api.put(service("web"))
+
+    seen.until(lambda: len(seen.complaints()) > 1)
+    assert "410 Gone: the server answers 410 by order of the test; trying again in" in seen.complaints()[0]
+    api.faults.clear()
+    seen.until(lambda: seen.names() == {"default/web"})
 
 
 def test_one_kind_in_trouble_does_not_hold_up_another(api: ApiServer, follow: Follow):
