@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,23 @@ import pytest
 
 from kproxy.model import Family, join_host_port
 from tests.lab import scenario as scenarios
-from tests.lab.expectations import complaints
+from tests.lab.expectations import complaints, misses
 from tests.lab.flows import Connection, Fate, Flow
 from tests.lab.packets import Lab
 from tests.lab.proxy import CommandLine, InProcess, Proxy
-from tests.lab.scenario import FlowSpec, Objects, Scenario
+from tests.lab.scenario import FlowSpec, Objects, Scenario, Step
 
 FOLDER = Path(__file__).parent / "scenarios"
 MODES = ("nftables",)
 CONNECTIONS_PER_CLIENT = 5
+CONNECTIONS_AT_ONCE = 16
+ROUNDS_UNDER_TRAFFIC = 10
 
 
-def stories(families: Iterable[Family] = Family, of_each_file: slice = slice(None)) -> Iterator[Any]:
+def stories(families: Iterable[Family] = Family) -> Iterator[Any]:
     for path in sorted(FOLDER.glob("*.yaml")):
         for family in families:
-            for told in scenarios.read(path, family)[of_each_file]:
+            for told in scenarios.read(path, family):
                 for mode in MODES:
                     if mode in told.modes:
                         yield pytest.param(told, family, mode, id=f"{path.stem}: {told.name} ({family.name}, {mode})")
@@ -38,7 +41,12 @@ def test_scenario(told: Scenario, family: Family, mode: str, make_lab) -> None:
     tell(told, Story(make_lab(addresses=told.given.node["addresses"]), told.given, family, mode, InProcess))
 
 
-@pytest.mark.parametrize(("told", "family", "mode"), list(stories([Family.IPv4], slice(1, 2))))
+def one_of_each_file() -> list[Any]:
+    quiet = [story for story in stories([Family.IPv4]) if not any(step.during for step in story.values[0].steps)]
+    return list({story.id.partition(":")[0]: story for story in quiet}.values())
+
+
+@pytest.mark.parametrize(("told", "family", "mode"), one_of_each_file())
 def test_scenario_by_the_command_line(told: Scenario, family: Family, mode: str, make_lab) -> None:
     tell(told, Story(make_lab(addresses=told.given.node["addresses"]), told.given, family, mode, CommandLine))
 
@@ -48,7 +56,8 @@ def tell(told: Scenario, story: Story) -> None:
         story.begin()
         assert story.complaints(told.then) == [], "at first"
         for step in told.steps:
-            story.change(step.changes, restart=step.restart)
+            found = story.change_under_traffic(step) if step.during else story.change(step.changes, step.restart)
+            assert not found, f"while {step.when}"
             # The kernel counts the timeouts of session affinity; its clock cannot be moved.
             time.sleep(step.wait)
             assert story.complaints(step.then) == [], f"when {step.when}"
@@ -76,7 +85,35 @@ class Story:
         self._proxy.apply(*scenarios.surroundings(self._now), *scenarios.items(self._now, self._family))
         self._proxy.sync()
 
-    def change(self, changes: Objects, *, restart: bool) -> None:
+    def change_under_traffic(self, step: Step) -> list[str]:
+        """Make the change, and take it back, many times over while connections come. What they complain about."""
+        undone = step.changes.undone(self._now)
+        wanted = [
+            (flow, scenarios.expectation(spec, self._mode))
+            for spec in step.during
+            for flow in scenarios.flows(spec, self._family)
+        ] * CONNECTIONS_AT_ONCE
+        flows = [flow for flow, _ in wanted]
+        found: set[str] = set()
+
+        def to_and_fro() -> None:
+            for _ in range(ROUNDS_UNDER_TRAFFIC):
+                self.change(step.changes, step.restart)
+                self.change(undone, step.restart)
+            self.change(step.changes, step.restart)
+
+        with ThreadPoolExecutor(max_workers=1) as other:
+            changing = other.submit(to_and_fro)
+            while not changing.done():
+                outcomes = self._lab.send_many(flows)
+                for (flow, expected), outcome in zip(wanted, outcomes, strict=True):
+                    if wrong := misses(self._lab, flow, expected, outcome):
+                        found.add(f"{flow} was {wrong}")
+                self._lab.flush_conntrack()
+            changing.result()
+        return sorted(found)
+
+    def change(self, changes: Objects, restart: bool) -> None:
         """Something changes, and the proxy hears of it."""
         self._now = changes.over(self._now)
         for address in changes.node.get("addresses", []):

@@ -49,7 +49,7 @@ def complaints(
         for _ in range(20 * max(1, len(expected.endpoints)) if len(expected.endpoints) > 1 else 3):
             before_each_try()
             outcomes.append(lab.send(flow))
-    wrong = Counter(filter(None, (_misses(lab, flow, expected, outcome) for outcome in outcomes)))
+    wrong = Counter(filter(None, (misses(lab, flow, expected, outcome) for outcome in outcomes)))
     found = [
         f"{flow}: expected {_words(expected)}, but {count} of {len(outcomes)} were {what}"
         for what, count in wrong.items()
@@ -66,8 +66,8 @@ def complaints(
     return found or _broken(lab, flow)
 
 
-def _misses(lab: Lab, flow: Flow, expected: Expectation, outcome: Outcome) -> str:
-    """The outcome in words if it is not the expected one."""
+def misses(lab: Lab, flow: Flow, expected: Expectation, outcome: Outcome) -> str:
+    """The outcome of one connection in words if it is not the expected one."""
     went = outcome.fate in (Fate.FORWARDED, Fate.DELIVERED)
     target, masqueraded = (outcome.destination, outcome.port), outcome.source != flow.source
     match expected.action:

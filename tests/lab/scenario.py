@@ -68,6 +68,13 @@ class Objects(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             service_cidrs=base.service_cidrs if self.service_cidrs is None else self.service_cidrs,
         )
 
+    def undone(self, before: Objects) -> Objects:
+        """What takes these changes back, given what was there before."""
+        return Objects(
+            services={name: before.services.get(name) for name in self.services},
+            slices={name: before.slices.get(name) for name in self.slices},
+        )
+
 
 class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A change and what must be true after the sync that follows it."""
@@ -76,6 +83,7 @@ class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     changes: Objects = Objects()
     wait: float = 0.0
     restart: bool = False
+    during: list[FlowSpec] = []
     then: list[FlowSpec] = []
 
 
