@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -86,10 +87,9 @@ def test_the_command_line_does_the_same(scenario: dict[str, Any], make_lab) -> N
 
     for step in scenario["steps"]:
         world.advance(step)
-        proxy = CommandLine(lab.netns, world.configuration())
-        proxy.apply(*world.objects)
-        check(lab, proxy, world, step)
-        proxy.close()
+        with closing(CommandLine(lab.netns, world.configuration())) as proxy:
+            proxy.apply(*world.objects)
+            check(lab, proxy, world, step)
 
 
 def start_lab(scenario: Mapping[str, Any], world: World, make_lab: Callable[..., Lab]) -> Lab:
