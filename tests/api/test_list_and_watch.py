@@ -186,7 +186,7 @@ def test_stop_ends_the_watches_at_once_and_nothing_comes_after_it(api: ApiServer
     api.put(service("late"))
 
     seen.until(lambda: not api.watching("services"), "the server notices that nobody watches")
-    assert took < 0.5
+    assert took < 0.9
     assert len(seen.events) == known
 
 
@@ -200,4 +200,4 @@ def test_stop_is_prompt_while_the_server_is_away(api: ApiServer):
     began = time.monotonic()
     source.stop()
 
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 0.9
