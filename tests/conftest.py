@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -60,7 +61,7 @@ def make_lab(request: pytest.FixtureRequest) -> Iterator[MakeLab]:
     """Makes packet labs that go when the test ends; the arguments are those of `Lab`."""
     made: list[Lab] = []
 
-    def make(*args: object, **kwargs: object) -> Lab:
+    def make(*args: Any, **kwargs: Any) -> Lab:
         made.append(Lab(*args, **kwargs))
         return made[-1]
 

@@ -56,8 +56,10 @@ def tell(told: Scenario, story: Story) -> None:
         story.begin()
         assert story.complaints(told.then) == [], "at first"
         for step in told.steps:
-            found = story.change_under_traffic(step) if step.during else story.change(step.changes, step.restart)
-            assert not found, f"while {step.when}"
+            if step.during:
+                assert story.change_under_traffic(step) == [], f"while {step.when}"
+            else:
+                story.change(step.changes, step.restart)
             # The kernel counts the timeouts of session affinity; its clock cannot be moved.
             time.sleep(step.wait)
             assert story.complaints(step.then) == [], f"when {step.when}"

@@ -29,7 +29,8 @@ def read(name: str) -> dict[str, Any]:
     if not path.exists():
         reason = f"the recordings of kube-proxy's behaviour are not here: {path} (set KPROXY_CONFORMANCE)"
         pytest.skip(reason, allow_module_level=True)
-    return json.loads(path.read_text())
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
 def named(cases: Iterable[Mapping[str, Any]]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from enum import StrEnum
@@ -116,7 +117,7 @@ def _uneven(reached: Counter[Endpoint]) -> bool:
     mean = reached.total() / len(reached)
     chi_squared = sum((count - mean) ** 2 / mean for count in reached.values())
     spread = 2 / (9 * freedom)  # Wilson and Hilferty's approximation, six standard deviations out
-    return chi_squared > freedom * (1 - spread + 6 * spread**0.5) ** 3
+    return chi_squared > freedom * (1 - spread + 6 * math.sqrt(spread)) ** 3
 
 
 def _words(expected: Expectation) -> str:

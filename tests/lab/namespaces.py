@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -52,9 +52,13 @@ class Namespace:
             raise CommandError(f"{' '.join(args)}: exit status {done.returncode}\n{done.stdout}{done.stderr}{stdin}")
         return done
 
-    def start(self, args: Sequence[str], **options: object) -> subprocess.Popen[str]:
+    def start(self, args: Sequence[str], **options: Any) -> subprocess.Popen[str]:
         """Start a process in the namespace; the caller ends it. `options` are Popen's."""
-        return self.run(subprocess.Popen, args, text=True, **options)
+
+        def popen() -> subprocess.Popen[str]:
+            return subprocess.Popen(args, text=True, **options)
+
+        return self.run(popen)
 
     def sysctl(self, name: str, value: str | int) -> None:
         """Write a sysctl given by its path below /proc/sys."""

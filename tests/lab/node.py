@@ -59,11 +59,11 @@ class Node:
             for protocol in (*(p.number for p in Protocol), icmp):
                 listener = self._listen(family, protocol)
                 self._read_when_ready(listener.fileno(), partial(_READ_RAW[family], listener, protocol))
-        self._loopback = self.socket(Family.IPv4, socket.SOCK_DGRAM)
+        self._loopback = self.open_socket(Family.IPv4, socket.SOCK_DGRAM)
         self._loopback.bind(("127.0.0.1", 0))
         self._loopback.settimeout(PATIENCE)
 
-    def socket(self, family: Family, kind: int, protocol: int = 0) -> socket.socket:
+    def open_socket(self, family: Family, kind: int, protocol: int = 0) -> socket.socket:
         """A socket of a process of the node."""
         af = socket.AF_INET if family is Family.IPv4 else socket.AF_INET6
         return self.netns.run(socket.socket, af, kind, protocol)
@@ -81,7 +81,7 @@ class Node:
         """Send an SCTP packet from the node itself. The kernel's refusal (EPERM) is silence, as for a process."""
         sender = self._senders.get(source)
         if sender is None:
-            sender = self._senders[source] = self.socket(Family.of(source), socket.SOCK_RAW, Protocol.SCTP.number)
+            sender = self._senders[source] = self.open_socket(Family.of(source), socket.SOCK_RAW, Protocol.SCTP.number)
             sender.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)
             sender.bind((source, 0))
         try:
@@ -155,7 +155,7 @@ class Node:
         self.netns.command("ip", "-batch", "-", stdin="\n".join(lines) + "\n")
 
     def _listen(self, family: Family, protocol: int) -> socket.socket:
-        listener = self.socket(family, socket.SOCK_RAW, protocol)
+        listener = self.open_socket(family, socket.SOCK_RAW, protocol)
         listener.setblocking(False)
         if family is Family.IPv6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)

@@ -122,7 +122,7 @@ class Lab:
             return self._open_batch([flow])[0]
         kind = socket.SOCK_STREAM if flow.protocol is Protocol.TCP else socket.SOCK_DGRAM
         flow = self._with_source_port(flow)
-        client = self.node.socket(Family.of(flow.source), kind)
+        client = self.node.open_socket(Family.of(flow.source), kind)
         client.setblocking(False)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # the port is free at once
