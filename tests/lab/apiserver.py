@@ -125,9 +125,9 @@ class ApiServer:
             thread = threading.Thread(target=self._serve, args=(connection, peer), name="apiserver-client", daemon=True)
             with self._lock:
                 self._connections[connection] = thread
-            if listener is not self._listener:
-                _shut(connection)  # accepted while the server went down
-            thread.start()
+                if listener is not self._listener:
+                    _shut(connection)  # accepted while the server went down
+                thread.start()  # before down() can find and join it
 
     def _serve(self, connection: socket.socket, peer: object) -> None:
         talk = connection
