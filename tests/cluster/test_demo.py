@@ -46,6 +46,15 @@ def test_every_step_of_the_demo_holds():
     assert "\033[" not in text  # colours are for terminals
 
 
+def test_without_namespaces_the_demo_says_so_in_one_line():
+    forbid = 'echo 0 > /proc/sys/user/max_net_namespaces && exec "$0" -m tests.demo'
+    command = ("unshare", "--user", "--map-root-user", "sh", "-c", forbid, sys.executable)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"demo: no network namespaces here: .*No space left on device\n", done.stderr)
+
+
 def test_an_interrupted_demo_cleans_up():
     interrupt_and_look(signal.SIGINT, 130)
 

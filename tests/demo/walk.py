@@ -95,6 +95,10 @@ class Walk:
             fair = set(texts) == {NGINX, HTTPD} and all(0.3 <= n / CONNECTIONS <= 0.7 for n in texts.values())
             finding = " / ".join(f"{text} {_percent(count)}" for text, count in sorted(texts.items()))
             say.holds(fair, "each pod answers about half of them", finding=finding)
+            say.does(f"`kproxy explain {self.visitor.ipv4} {CLUSTER_IP}:80` on {self.three} tells why:")
+            told = self._kproxy(self.three, "explain", self.visitor.ipv4, f"{CLUSTER_IP}:80")
+            say.saw("\n".join(told))
+            say.holds(all(any(pod.ipv4 in line for line in told) for pod in self.pods), "it names the same two pods")
             answer = self.visitor.get(self.url)
             say.holds(answer.client == self.visitor.ipv4, f"the pod sees its real client, {answer.client}")
 
@@ -280,8 +284,12 @@ class Walk:
         self.cluster.apply(service("hello", CLUSTER_IP, type="NodePort", ports=ports))
 
     def _dry_run(self) -> list[str]:
-        done = self.cluster.kproxy(self.one, "--dry-run")
-        assert done.stdout, done.stderr
+        return self._kproxy(self.one, "--dry-run")
+
+    def _kproxy(self, node: Node, *arguments: str) -> list[str]:
+        done = self.cluster.kproxy(node, *arguments)
+        if not done.stdout:
+            raise AssertionError(f"kproxy {arguments[0]} ended with {done.returncode}: {done.stderr.splitlines()[-1:]}")
         return done.stdout.splitlines()
 
     def _pod(self, name: str, node: Node, says: str) -> Pod:

@@ -25,7 +25,10 @@ def kproxy_command(flags: Sequence[str]) -> tuple[str, ...]:
 
 def kproxy_environment() -> dict[str, str]:
     """The environment in which that finds this repository's kproxy."""
-    return {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
 
 
 class ProxyProcess:
