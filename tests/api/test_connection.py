@@ -154,6 +154,17 @@ def test_a_server_that_has_the_name_of_another_is_refused(tls_api: ApiServer, ce
         get_services(connect(kubeconfig(tmp_path / "config", cluster)))
 
 
+@pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
+def test_a_kubeconfig_that_asks_not_to_verify_is_obeyed_with_a_warning(
+    tls_api: ApiServer, tmp_path: Path, logs: list[EventDict]
+):
+    cluster = {"server": tls_api.url, "insecure-skip-tls-verify": True}
+
+    assert b'"ServiceList"' in get_services(connect(kubeconfig(tmp_path / "config", cluster)))
+
+    assert [entry["event"] for entry in logs] == ["the kubeconfig says not to verify the API server's certificate"]
+
+
 def test_a_certificate_authority_that_changes_on_disk_is_taken_up(
     tls_api: ApiServer, certificates: Path, tmp_path: Path
 ):

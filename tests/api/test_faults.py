@@ -215,6 +215,18 @@ def test_kinds_that_are_forbidden_or_unknown_to_the_server_count_as_empty(
     assert "403" in told[0]["error"]
 
 
+def test_a_kind_that_is_forbidden_after_it_was_known_stays_as_it_was(api: ApiServer, follow: Follow):
+    api.put({"kind": "ServiceCIDR", "metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/12"]}})
+    seen = follow()
+    api.faults.add(Answer(403), resource="servicecidrs", times=None)
+
+    api.down()
+    api.up()
+
+    seen.until(lambda: "403" in str(seen.complaints("ServiceCIDR")))
+    assert seen.names("ServiceCIDR") == {"/kubernetes"}
+
+
 def test_services_that_are_forbidden_are_a_failure(api: ApiServer, follow: Follow):
     api.faults.add(Answer(403), resource="services", times=None)
 
@@ -238,6 +250,24 @@ def test_a_malformed_object_in_a_list_is_named_and_the_others_go_on(
     assert [entry["error"] for entry in logs if entry["log_level"] == "warning"] == [
         "Service default/bad: spec.ports[0].port: Expected int, got str"
     ]
+
+
+def test_an_object_whose_metadata_is_malformed_is_named_and_removed_when_it_goes(
+    api: ApiServer, follow: Follow, logs: list[EventDict]
+):
+    api.put(service("web"))
+    seen = follow()
+    malformed = service("web")
+    malformed["metadata"]["annotations"] = {"replicas": 3}
+
+    api.put(malformed)
+    api.put(service("next"))
+    seen.until(lambda: seen.names() == {"default/web", "default/next"})
+    errors = [entry["error"] for entry in logs if entry["log_level"] == "warning"]
+    assert errors == ["Service default/web: metadata.annotations[...]: Expected str, got int"]
+
+    api.delete("Service", "web")
+    seen.until(lambda: seen.names() == {"default/next"})
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "pages"])
