@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import signal
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import structlog
 
@@ -17,8 +18,8 @@ from kproxy.config.defaults import advice, mode_settings
 from kproxy.config.feature_gates import FEATURE_GATES, Stage
 from kproxy.config.v1alpha1 import to_v1alpha1
 from kproxy.config.validation import KUBERNETES_VERSION
-from kproxy.dataplane.nftables.monitor import Monitor
 from kproxy.events import EventRecorder
+from kproxy.guard import Guarded
 from kproxy.health.proxy import ProxyHealth, probe_handler
 from kproxy.health.services import ServiceHealthChecks
 from kproxy.http.address import ListenAddress
@@ -30,7 +31,7 @@ from kproxy.metrics.server import metrics_handler
 from kproxy.model import Family, ServiceName
 from kproxy.node_addresses import AddressMonitor
 from kproxy.observers import Announced, Cleaned, HealthChecked, Healthy, Logged, Measured
-from kproxy.proxy import Pace, Proxy, StartError
+from kproxy.proxy import Observer, Pace, Proxy, StartError
 from kproxy.sysctl import set_oom_score_adjustment
 from kproxy.traffic import Traffic
 
@@ -70,6 +71,15 @@ def run(invocation: Invocation) -> int:
     return _Running(invocation, parts, addresses).run()
 
 
+@contextmanager
+def _few_collections() -> Iterator[None]:
+    """Spare the cycle collector the objects that live as long as the process: there are millions, and no cycles."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 50, 1000)
+    yield
+
+
 class _Running:
     def __init__(self, invocation: Invocation, parts: Machine, addresses: _Addresses) -> None:
         self._invocation = invocation
@@ -90,6 +100,7 @@ class _Running:
             dropped=self._count_dropped,
         )
         self._cleaned = Cleaned(parts.reconciler, addresses, self._metrics)
+        self._guarded = Guarded(parts.kernel, self._touched)
         self._proxy = Proxy(
             parts.state,
             parts.reconciler,
@@ -98,7 +109,7 @@ class _Running:
             pace=Pace(settings.min_sync_period.seconds, settings.sync_period.seconds),
         )
 
-    def _observers(self) -> list[Logged | Healthy | Measured | HealthChecked | Announced | Cleaned]:
+    def _observers(self) -> list[Observer]:
         parts = self._parts
         return [
             Logged(),
@@ -114,6 +125,7 @@ class _Running:
             HealthChecked(parts.reconciler, {family: self._service_checks(family) for family in parts.families}),
             Announced(self._recorder, parts.state.node_name),
             self._cleaned,
+            self._guarded,
         ]
 
     def _service_checks(self, family: Family) -> ServiceHealthChecks:
@@ -143,13 +155,14 @@ class _Running:
             signal.signal(number, end)
         self._serve()
         self._cleaned.start()
-        self._watch_kernel()
+        self._guarded.start()
         self._addresses.changed = self._proxy.addresses_changed
         for family in self._parts.families:
             self._health.started(family)
         self._recorder.record(events.starting(self._parts.state.node_name))
         self._source.start(self._proxy.post)
-        self._proxy.run()
+        with _few_collections():
+            self._proxy.run()
         self._source.stop()
         self._server.close()
         self._recorder.close(1.0)
@@ -195,15 +208,9 @@ class _Running:
 
         self._server.listen_or_retry(ListenAddress.parse(address), handler, failed)
 
-    def _watch_kernel(self) -> None:
-        monitor = Monitor([self._parts.kernel.port])
-
-        def watch() -> None:
-            for who in monitor.touches():
-                log.warning("our part of the kernel was changed by someone else; comparing", by=who)
-                self._proxy.kernel_touched()
-
-        threading.Thread(target=watch, name="kernel-watch", daemon=True).start()
+    def _touched(self, who: str) -> None:
+        log.warning("our part of the kernel was changed by someone else; comparing", by=who)
+        self._proxy.kernel_touched()
 
     def _count_dropped(self, reason: str) -> None:
         self._own.events_dropped.labels(reason).inc()

@@ -200,17 +200,25 @@ def parse_counters(container: Container, elements: bytes) -> Iterator[tuple[byte
 
 
 def _endpoints(container: Container, elements: bytes) -> Iterable[tuple[bytes, Value]]:
-    _, key_header, data_header = _headers(container)
-    counter = _ATTRIBUTE.size + _COUNTER.size if container.counter else 0
-    layout = struct.Struct(f"=12s{container.key_length}s8s{container.data_length}s{counter}x")
+    """All at once where they are alike, which they are unless somebody else added some."""
+    plain, counted = _layouts(container)
+    layout = plain if elements.startswith(_ATTRIBUTE.pack(plain.size, _LIST_ELEM)) else counted
     if not elements or len(elements) % layout.size:
         return ((key, value) for key, value, _ in _parsed(container, elements))
+    _, key_header, data_header = _headers(container)
     header = _ATTRIBUTE.pack(layout.size, _LIST_ELEM) + key_header
     prefix = bytes((container.number,))
     found = list(layout.iter_unpack(elements))
     if any(first != header or middle != data_header for first, _, middle, _ in found):
         return ((key, value) for key, value, _ in _parsed(container, elements))
     return [(prefix + key, value) for _, key, _, value in found]
+
+
+@lru_cache(maxsize=64)
+def _layouts(container: Container) -> tuple[struct.Struct, struct.Struct]:
+    """How elements of a map of endpoints are dumped: without and with a counter."""
+    plain = f"=12s{container.key_length}s8s{container.data_length}s"
+    return struct.Struct(plain), struct.Struct(f"{plain}{_ATTRIBUTE.size + _COUNTER.size}x")
 
 
 def _parsed(container: Container, elements: bytes) -> Iterator[tuple[bytes, Value, bytes]]:

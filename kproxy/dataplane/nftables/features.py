@@ -53,7 +53,7 @@ def probe(socket: NetlinkSocket, families: Sequence[Family]) -> Features:
     ]
     return Features(
         owner=not _try(socket, family, [owned]),
-        destroy=not _try(socket, family, [plain, structure.new_set(addresses), *absent]),
+        destroy=not _try(socket, family, [plain, structure.new_set(addresses, counted=False), *absent]),
     )
 
 
@@ -78,7 +78,7 @@ def _whole_batch(number: int) -> str:
 
 def _needed(family: Family) -> list[tuple[str, Message]]:
     attempts = [("any table", structure.new_table(family, 0, Flag.CREATE))]
-    attempts += [(str(c), structure.new_set(c)) for c in CONTAINERS.values() if c.family is family]
+    attempts += [(str(c), structure.new_set(c, counted=c.counter)) for c in CONTAINERS.values() if c.family is family]
     for kind, name in (
         ("filter", "prerouting"),
         ("filter", "input"),

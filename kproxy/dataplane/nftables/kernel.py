@@ -29,11 +29,11 @@ from kproxy.dataplane.nftables.plan import Unit, plan
 from kproxy.dataplane.nftables.ruleset import TABLE_NAME, Chain, ChainKey, Hook, SetKey, Table, TableKey, UnknownSet
 from kproxy.model import Family
 
+COUNTED_ENDPOINTS = 20_000
 _READ_ATTEMPTS = 20
 _COUNTED_ATTEMPTS = 3  # before a set's own count of its elements (since Linux 6.16) is doubted instead of the dump
 _EXPIRY_ATTEMPTS = 5
 _FRAME_BYTES = 24  # headers and padding of a message, at most
-_SET_COUNT = 20  # NFTA_SET_COUNT
 _GENERATION = 1  # NFTA_GEN_ID
 _TABLE_NAME_ATTRIBUTE = 1
 _OF_ELEMENTS = frozenset((Msg.NEWSETELEM, Msg.DELSETELEM, Msg.DESTROYSETELEM))
@@ -46,14 +46,24 @@ class NftablesKernel:
 
     Where the kernel has it (6.9), the tables belong to this object until it is closed: nobody else can change or flush
     them, and they stay when it goes. Raises UnsupportedError if there is no nfnetlink.
+
+    `counted_endpoints`: a map of endpoints that begins with more of them has no counters, for each takes memory for
+    every CPU, and time to get it (about 7 µs; docs/decisions.md). 0: nothing is counted.
     """
 
-    def __init__(self, families: Sequence[Family], features: Features | None = None) -> None:
+    def __init__(
+        self,
+        families: Sequence[Family],
+        features: Features | None = None,
+        *,
+        counted_endpoints: int = COUNTED_ENDPOINTS,
+    ) -> None:
         try:
             self._socket = NetlinkSocket()
         except OSError as error:
             raise UnsupportedError(f"nftables mode: no netlink socket to netfilter: {error.strerror}") from error
         self._families = tuple(families)
+        self._counted_endpoints = counted_endpoints
         self._known_features = features
         self._settled: set[Family] = set()  # families whose table needs no taking over
 
@@ -82,6 +92,15 @@ class NftablesKernel:
     def probe(self) -> None:
         """Try all that the mode needs, without leaving a trace. Raises UnsupportedError."""
         self._known_features = probe(self._socket, self._families)
+
+    def protected(self) -> bool:
+        """Whether nobody else can change our tables. Raises OSError."""
+        tables = [self._table(family) or {} for family in self._families]
+        return all(int.from_bytes(table.get(structure.TABLE_OWNER, b""), "big") == self.port for table in tables)
+
+    def present(self) -> bool:
+        """Whether any of our tables is there. Raises OSError."""
+        return any(self._table(family) is not None for family in self._families)
 
     # --- reading ---
 
@@ -134,7 +153,7 @@ class NftablesKernel:
     def _read_sets(self, family: Family, *, counted: bool) -> Entries | str:
         """Sets with their elements, or why the table is none of this layout."""
         entries: Entries = {}
-        counts: list[tuple[Container, bytes | None]] = []
+        counts: list[tuple[Container, int | None]] = []
         for received in self._dump(Msg.GETSET, family):
             name, found = structure.read_set(family, received)
             match found:
@@ -143,14 +162,14 @@ class NftablesKernel:
                 case UnknownSet():
                     pass
                 case Container(learned=False):
-                    counts.append((found, parsed(received).get(_SET_COUNT)))
+                    counts.append((found, structure.element_count(received)))
             entries[SetKey(family, name)] = found
         for found, count in counts:
             before = len(entries)
             for elements in self._dump_elements(found):
                 entries.update(parse(found, elements))
             # A hash table that grows in the background moves elements about under the dump.
-            if counted and count is not None and len(entries) - before < int.from_bytes(count, "big"):
+            if counted and count is not None and len(entries) - before < count:
                 raise DumpInterrupted(errno.EINTR, f"{found} was read in part")
         return entries
 
@@ -178,9 +197,14 @@ class NftablesKernel:
     def counters(self, where: Container) -> Iterator[tuple[bytes, Value, int]]:
         """Elements of a container, key and value, with the packets that they matched. Raises OSError.
 
-        A change during the listing is no error: a count may then be missing once, or be there twice.
+        None where they are not counted, or have become too many to be listed again and again. A change during the
+        listing is no error: a count may then be missing once, or be there twice.
         """
         try:
+            found = self._socket.get(Msg.GETSET, NFPROTO[where.family], structure.set_name(where)).attributes
+            many = where.data != "verdict" and (structure.element_count(found) or 0) > 2 * self._counted_endpoints
+            if many or not structure.is_counted(found):
+                return
             for elements in self._dump_elements(where):
                 yield from parse_counters(where, elements)
         except (DumpInterrupted, FileNotFoundError):
@@ -235,7 +259,8 @@ class NftablesKernel:
         except OSError as error:
             raise ApplyError(f"nftables: {error.strerror}", transient=True) from error
         flags = OWNED_AND_PERSISTENT if owner else 0
-        return taken_over + plan(present, flags, Msg.DESTROYSETELEM if destroy else Msg.DELSETELEM) + deleted
+        removal = Msg.DESTROYSETELEM if destroy else Msg.DELSETELEM
+        return taken_over + plan(present, flags, removal, self._counted_endpoints) + deleted
 
     def _taken_over(self, changes: list[Change]) -> list[Unit]:
         """What makes tables ours whose owner has gone."""

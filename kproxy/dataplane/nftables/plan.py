@@ -7,7 +7,7 @@ A `Unit` must not be torn where a transaction is too large for the socket: betwe
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from kproxy.dataplane.base import ApplyError, Change, Value
 from kproxy.dataplane.nftables import structure
@@ -21,11 +21,11 @@ Unit = tuple[Step, ...]
 _EXCHANGED_TOGETHER = 400  # elements, so that a unit fits the smallest default send buffer (208 KiB)
 
 
-def plan(changes: Iterable[Change], table_flags: int, removal_of_learned: Msg) -> list[Unit]:
+def plan(changes: Iterable[Change], table_flags: int, removal_of_learned: Msg, counted_endpoints: int) -> list[Unit]:
     """What to send for changes. Raises ApplyError for an entry that cannot be expressed.
 
     `table_flags` are those of new tables; `removal_of_learned` is the message that removes elements which may
-    expire meanwhile.
+    expire meanwhile; a map of endpoints that begins with more than `counted_endpoints` has no counters.
     """
     structures: list[Change] = []
     elements: dict[int, list[Change]] = defaultdict(list)
@@ -35,7 +35,12 @@ def plan(changes: Iterable[Change], table_flags: int, removal_of_learned: Msg) -
             elements[key[0]].append(change)
         else:
             structures.append(change)
-    units = _Units(table_flags)
+
+    def is_counted(container: Container) -> bool:
+        few = container.data == "verdict" or len(elements.get(container.number, ())) <= counted_endpoints
+        return container.counter and counted_endpoints > 0 and few
+
+    units = _Units(table_flags, is_counted)
     for change in structures:
         try:
             units.add(change)
@@ -50,8 +55,9 @@ def plan(changes: Iterable[Change], table_flags: int, removal_of_learned: Msg) -
 
 
 class _Units:
-    def __init__(self, table_flags: int) -> None:
+    def __init__(self, table_flags: int, is_counted: Callable[[Container], bool]) -> None:
         self._table_flags = table_flags
+        self._is_counted = is_counted
         self.going: set[Family] = set()  # the whole table is deleted, and all else with it
         self._tables: list[Unit] = []
         self._sets: list[Unit] = []
@@ -98,7 +104,8 @@ class _Units:
             case None:
                 self._set_removals.append((family, Step(structure.delete_set(family, name), (change.key,))))
             case Container() as container:
-                self._sets.append((Step(structure.new_set(container), (change.key,)),))
+                creation = structure.new_set(container, counted=self._is_counted(container))
+                self._sets.append((Step(creation, (change.key,)),))
             case other:
                 raise ApplyError(f"{other!r} is not a set of this layout", (change.key,))
 

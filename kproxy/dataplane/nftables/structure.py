@@ -32,7 +32,7 @@ _NOTE_RULE_COMMENT = 0
 _RULE_COMMENT_BYTES = 127
 # NFTA_SET_*
 _SET_TABLE, SET_NAME, _SET_FLAGS, _SET_KEY_TYPE, _SET_KEY_LENGTH, _SET_DATA_TYPE, _SET_DATA_LENGTH = 1, 2, 3, 4, 5, 6, 7
-_SET_DESCRIPTION, _SET_ID, _SET_USERDATA, _SET_EXPRESSION = 9, 10, 13, 17
+_SET_DESCRIPTION, _SET_ID, _SET_USERDATA, _SET_EXPRESSION, _SET_COUNT = 9, 10, 13, 17, 20
 _DESCRIPTION_SIZE, _DESCRIPTION_FIELDS, _FIELD_LENGTH = 1, 2, 1
 _SET_CONSTANT, _SET_INTERVAL, _SET_MAP, _SET_TIMEOUT, _SET_EVALUATED, _SET_CONCATENATION = 2, 4, 8, 16, 32, 128
 _VERDICT_LENGTH = 16  # sizeof(struct nft_verdict)
@@ -52,8 +52,8 @@ def delete_table(family: Family, name: str) -> Message:
     return Message(Msg.DELTABLE, NFPROTO[family], string(1, name))
 
 
-def new_set(container: Container) -> Message:
-    """Create a set or map."""
+def new_set(container: Container, *, counted: bool) -> Message:
+    """Create a set or map. `counted`: every element has a counter of the packets that it matched."""
     attributes = [
         string(_SET_TABLE, TABLE_NAME),
         string(SET_NAME, container.name),
@@ -67,7 +67,7 @@ def new_set(container: Container) -> Message:
         attributes.append(u32(_SET_DATA_LENGTH, container.data_length or _VERDICT_LENGTH))
     if description := _description(container):
         attributes.append(attribute(_SET_DESCRIPTION, description))
-    if container.counter:
+    if counted:
         attributes.append(nested(_SET_EXPRESSION, string(EXPRESSION_NAME, "counter")))
     attributes.append(attribute(_SET_USERDATA, _typeof_note(container)))
     return Message(Msg.NEWSET, NFPROTO[container.family], b"".join(attributes), Flag.CREATE | Flag.EXCL)
@@ -122,12 +122,28 @@ def read_set(family: Family, attributes: bytes) -> tuple[str, Container | Unknow
         ),
         "verdicts": (_number(members, _SET_DATA_TYPE) == TYPE_VERDICT, wanted.data == "verdict"),
         "size and fields": (members.get(_SET_DESCRIPTION, b""), _description(wanted)),
-        "counter": (text(parsed(members.get(_SET_EXPRESSION, b"")).get(1, b"")), "counter" if wanted.counter else ""),
+        "counter": (is_counted(attributes) and not wanted.counter, False),
     }
     for what, (there, should) in found.items():
         if there != should:
             return name, f"{what} of {wanted} differ from this version's"
     return name, wanted
+
+
+def set_name(container: Container) -> bytes:
+    """The attributes that name a set or map."""
+    return string(_SET_TABLE, TABLE_NAME) + string(SET_NAME, container.name)
+
+
+def is_counted(attributes: bytes) -> bool:
+    """Whether the elements of a dumped set have counters."""
+    return text(parsed(parsed(attributes).get(_SET_EXPRESSION, b"")).get(1, b"")) == "counter"
+
+
+def element_count(attributes: bytes) -> int | None:
+    """How many elements a dumped set has, where the kernel tells."""
+    count = parsed(attributes).get(_SET_COUNT)
+    return None if count is None else int.from_bytes(count, "big")
 
 
 def _number(members: dict[int, bytes], kind: int) -> int:
