@@ -111,7 +111,7 @@ def test_a_page_of_a_forgotten_version_is_gone_and_may_go_on_inconsistently(api:
     api.delete("Service", "s2")
     api.compact()
 
-    answer, body = request(api, "GET", SLICES.replace(SLICES, SERVICES), **{"continue": first["metadata"]["continue"]})
+    answer, body = request(api, "GET", SERVICES, **{"continue": first["metadata"]["continue"]})
 
     assert (answer.status, body["reason"]) == (410, "Expired")
     assert names(get(api, SERVICES, **{"continue": body["metadata"]["continue"]})) == []

@@ -13,6 +13,7 @@ if it is killed. There is no way out of them, and the machine's own namespace is
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -42,6 +43,8 @@ _ROUTER_SYSCTLS = {
     "net/ipv4/icmp_ratelimit": 0,  # a refusal is an ICMP error, and tests ask more than once a second
     "net/ipv6/icmp/ratelimit": 0,
 }
+
+_DIRECTORY = "kproxy-lab-"  # of logs; then come the process id and something random
 
 Object = dict[str, Any]
 HostType = TypeVar("HostType", bound=Host)
@@ -145,7 +148,9 @@ class Cluster:
     def __init__(self, nodes: int = 3, *, mode: str = "nftables") -> None:
         self._mode = mode
         self._closing = ExitStack()
-        self._directory = Path(self._closing.enter_context(tempfile.TemporaryDirectory(prefix="kproxy-lab-")))
+        _remove_leftovers()
+        directory = tempfile.TemporaryDirectory(prefix=f"{_DIRECTORY}{os.getpid()}-")
+        self._directory = Path(self._closing.enter_context(directory))
         self.pods: list[Pod] = []
         self._ended: list[Pod] = []
         try:
@@ -321,3 +326,10 @@ class Cluster:
                 *(f"route add 10.244.{other.number}.0/24 via {other.ipv4}" for other in others),
                 *(f"route add fd00:244:{other.number:x}::/64 via {other.ipv6}" for other in others),
             )
+
+
+def _remove_leftovers() -> None:
+    """Logs of runs that were killed are all that can be left of them."""
+    for directory in Path(tempfile.gettempdir()).glob(f"{_DIRECTORY}*-*"):
+        if not Path("/proc", directory.name.split("-")[2]).exists():
+            shutil.rmtree(directory, ignore_errors=True)
