@@ -118,10 +118,12 @@ def source(invocation: Invocation) -> tuple[Source, Connection | None]:
         return ManifestSource(invocation.manifests), None
     from kproxy.api.client import connect
     from kproxy.api.server import ApiServerSource
+    from kproxy.api.watch import Pace
 
     client = invocation.configuration.client_connection
     connection = connect(invocation.kubeconfig, invocation.master, qps=client.qps, burst=client.burst)
-    return ApiServerSource(connection, node_name=node_name(invocation.configuration)), connection
+    pace = Pace(relist=invocation.configuration.config_sync_period.seconds)
+    return ApiServerSource(connection, node_name=node_name(invocation.configuration), pace=pace), connection
 
 
 def gather(machine: Machine, source: Source) -> None:

@@ -22,7 +22,6 @@ NO_EFFECT: Mapping[str, str] = MappingProxyType(
         "logging.options.json.splitStream": _LOGGED_AT_ONCE,
         "logging.options.json.infoBufferSize": _LOGGED_AT_ONCE,
         "showHiddenMetricsForVersion": "kproxy hides no metrics",
-        "configSyncPeriod": "kproxy has no cache that needs a periodic resync",
         "portRange": "kube-proxy does not use it either",
         "winkernel.networkName": _WINDOWS,
         "winkernel.sourceVip": _WINDOWS,

@@ -17,6 +17,9 @@ from kproxy.dataplane.nftables.ruleset import Chain, ChainKey, Hook, SetKey, Tab
 from kproxy.model import Family, LocalDetector, NodeFacts
 
 REJECT = "reject-it"
+# pick-1 … pick-16 exist from the start: a rule that looks up a map makes the kernel walk all that is in it, which takes
+# 55 ms with 300,000 endpoints.
+ALWAYS_THERE = 16
 LOOPBACK = {Family.IPv4: "127.0.0.0/8", Family.IPv6: "::1/128"}
 
 
@@ -47,6 +50,9 @@ def base_entries(facts: NodeFacts) -> Entries:
                 entries[SetKey(family, found.name)] = found
         for name, chain in _FixedChains(family, facts).chains():
             entries[ChainKey(family, name)] = chain
+        for count in range(1, ALWAYS_THERE + 1):
+            key, pick = pick_chain(container(family, "endpoints"), f"pick-{count}", count)
+            entries[key] = pick
         for address in facts.node_port_addresses.get(family) or ():
             entries[container(family, "nodeport-ips").key(ip_address(address).packed)] = ""
     return entries

@@ -120,8 +120,9 @@ def _balance(
     values = [endpoints.address_port(_packed(e.address), e.port) for e in targets]
     entries.update(zip(keys, _keep_slots(values, [present.get(key) for key in keys]), strict=True))
     _verdict(entries, services, port, frontend, f"goto {pick}-{count}")
-    key, chain = chains.pick_chain(endpoints, f"{pick}-{count}", count)
-    entries[key] = chain
+    if pick != "pick" or count > chains.ALWAYS_THERE:
+        key, chain = chains.pick_chain(endpoints, f"{pick}-{count}", count)
+        entries[key] = chain
 
 
 def _keep_slots(wanted: list[bytes], present: list[Value | None]) -> list[bytes]:
