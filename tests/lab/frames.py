@@ -16,7 +16,7 @@ from typing import NamedTuple
 from kproxy.model import Protocol
 
 TCP, UDP, SCTP, ICMP, ICMPV6 = 6, 17, 132, 1, 58
-FIN, SYN, RST, ACK = 0x01, 0x02, 0x04, 0x10
+SYN, RST, ACK = 0x02, 0x04, 0x10
 SCTP_INIT, SCTP_INIT_ACK, SCTP_COOKIE_ECHO = 1, 2, 10
 
 PORT_UNREACHABLE = {(3, 3), (1, 4)}  # IPv4, IPv6
