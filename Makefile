@@ -2,7 +2,7 @@
 
 VENV := .venv/bin
 # Namespaces need root; where we are not root, a user namespace gives it, if the system allows that.
-AS_ROOT := $(if $(filter 0,$(shell id -u)),,unshare --user --map-root-user --net --mount)
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,unshare --user --map-root-user --net --mount .ci/with-loopback)
 
 .PHONY: help setup demo test lint bench clean
 
@@ -13,7 +13,7 @@ setup:  ## Debian packages and .venv
 	@.ci/setup
 
 demo: setup  ## three nodes, pods and a client on this machine: what kproxy does, step by step
-	@$(AS_ROOT) $(VENV)/python -m tests.demo
+	@$(VENV)/python -m tests.demo
 
 lint: setup  ## ruff, mypy, the layers
 	@$(VENV)/ruff check .

@@ -170,8 +170,11 @@ class Measured(Quiet):
         if not state.trigger_times:
             return
         for service in report.services:
+            families = {port.family for port in state.service_ports(service)}
+            if not families:
+                continue  # its slices came first
             for triggered in state.trigger_times.pop(service, ()):
-                for family in {port.family for port in state.service_ports(service)}:
+                for family in families:
                     self._proxy.observe_network_programming(family, now - triggered)
 
     def sync_failed(self, error: Exception, seconds: float) -> None:

@@ -13,7 +13,7 @@ from typing import Protocol
 import msgspec
 import structlog
 
-from kproxy.api.events import Alive, Changed, Event, Listed, Unavailable
+from kproxy.api.events import Alive, Changed, Event, Listed
 from kproxy.api.objects import Kind, Node
 from kproxy.cluster import ClusterState
 from kproxy.dataplane.base import ApplyError
@@ -25,7 +25,7 @@ log = structlog.get_logger(__name__)
 FIRST_RETRY_SECONDS = 0.5
 VERIFY_SECONDS = 3600.0  # compare with the kernel although nothing seems to have happened
 QUARANTINE_RETRY_SECONDS = 300.0
-NODE_PATIENCE_SECONDS = 30.0  # how long to wait for the list of Nodes before going on without
+NODE_PATIENCE_SECONDS = 30.0  # how long to wait for the lists of Nodes and ServiceCIDRs before going on without
 FACTS_PATIENCE_SECONDS = 300.0  # how long to wait for what the node's facts depend on (pod CIDRs)
 
 
@@ -167,8 +167,8 @@ class Proxy:
         """What must be known before the first sync, and until when to wait for it; an empty string if nothing."""
         if not self._state.complete:
             return "the lists of Services and EndpointSlices", math.inf
-        if not self._state.node_listed and self._clock() < self._started + NODE_PATIENCE_SECONDS:
-            return "the Node", self._started + NODE_PATIENCE_SECONDS
+        if not self._state.surroundings_listed and self._clock() < self._started + NODE_PATIENCE_SECONDS:
+            return "the lists of Nodes and ServiceCIDRs", self._started + NODE_PATIENCE_SECONDS
         if not self._has_facts:
             return "the Node's pod CIDRs", self._started + FACTS_PATIENCE_SECONDS
         return "", 0.0
@@ -182,8 +182,6 @@ class Proxy:
             case Alive(kind) | Listed(kind):
                 for observer in self._observers:
                     observer.alive(kind)
-            case Unavailable(kind, message):
-                log.warning("source unavailable, going on with what is known", kind=kind, reason=message)
             case _:
                 pass
 

@@ -124,8 +124,14 @@ class _Session(NamedTuple):
     pool: urllib3.PoolManager
 
 
+Answered = Callable[[str, str, str, float], None]  # method, host, status ("<error>": none came), seconds until it began
+
+
 class Connection:
-    """Requests to one API server, from any thread. Redirects are refused; credentials are renewed when they expire."""
+    """Requests to one API server, from any thread. Redirects are refused; credentials are renewed when they expire.
+
+    `answered` is told of every answer, in the thread that asked.
+    """
 
     def __init__(
         self,
@@ -133,8 +139,10 @@ class Connection:
         *,
         qps: float = 5.0,
         burst: int = 10,
+        answered: Answered | None = None,
     ) -> None:
         self._load = load
+        self._answered = answered
         self._reads = RateLimit(qps, burst)
         self._writes = RateLimit(qps, burst)  # of its own: no Event holds up a watch
         self._lock = threading.Lock()
@@ -197,17 +205,23 @@ class Connection:
                 raise CredentialsError(f"{request}: no credentials: {_reason(error)}") from error
         if token:
             headers["Authorization"] = token.strip()
-        with _errors_of(request):
-            raw = session.pool.urlopen(
-                method,
-                f"{session.server}{path}?{urlencode(query)}" if query else session.server + path,
-                body=body,
-                headers=headers,
-                timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=read_seconds),
-                redirect=False,
-                retries=False,
-                preload_content=False,
-            )
+        began, status = time.monotonic(), "<error>"
+        try:
+            with _errors_of(request):
+                raw = session.pool.urlopen(
+                    method,
+                    f"{session.server}{path}?{urlencode(query)}" if query else session.server + path,
+                    body=body,
+                    headers=headers,
+                    timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=read_seconds),
+                    redirect=False,
+                    retries=False,
+                    preload_content=False,
+                )
+            status = str(raw.status)
+        finally:
+            if self._answered:
+                self._answered(method, urlsplit(session.server).netloc, status, time.monotonic() - began)
         if 200 <= raw.status < 300:
             return Response(raw, request)
         with raw, _errors_of(request):
@@ -235,6 +249,7 @@ def connect(
     *,
     qps: float = 5.0,
     burst: int = 10,
+    answered: Answered | None = None,
     service_account: Path = SERVICE_ACCOUNT,
     environ: Mapping[str, str] = os.environ,
 ) -> Connection:
@@ -259,7 +274,7 @@ def connect(
             _log.warning("the kubeconfig says not to verify the API server's certificate", server=server)
         return server, configuration
 
-    return Connection(load, qps=qps or 5.0, burst=burst or 10)
+    return Connection(load, qps=qps or 5.0, burst=burst or 10, answered=answered)
 
 
 def _from_kubeconfig(path: str) -> Configuration:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
-from kproxy.api.events import Event, Listed, Source, Unavailable
-from kproxy.api.objects import Kind
+from kproxy.api.events import Changed, Event, Listed, Source, Unavailable
+from kproxy.api.objects import KINDS, Kind
 from kproxy.cli.invocation import Invocation
 from kproxy.cluster import ClusterState
 from kproxy.config.defaults import with_mode
@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-GATHER_SECONDS = 60.0
-_EVERYTHING: frozenset[Kind] = frozenset({"Service", "EndpointSlice", "Node", "ServiceCIDR"})
+GATHER_SECONDS = 10.0  # without any news of what is missing
 
 
 def node_name(configuration: Configuration) -> str:
@@ -107,8 +106,10 @@ def machine(
     )
 
 
-def source(invocation: Invocation) -> tuple[Source, Connection | None]:
-    """Where the objects come from, and the connection to an API server if that is it.
+def source(
+    invocation: Invocation, answered: Callable[[str, str, str, float], None] | None = None
+) -> tuple[Source, Connection | None]:
+    """Where the objects come from, and the connection to an API server if that is it, which tells of its answers.
 
     Raises ApiConfigError and ManifestError. Each is loaded where it is used: kubernetes takes 34 MB.
     """
@@ -121,7 +122,9 @@ def source(invocation: Invocation) -> tuple[Source, Connection | None]:
     from kproxy.api.watch import Pace
 
     client = invocation.configuration.client_connection
-    connection = connect(invocation.kubeconfig, invocation.master, qps=client.qps, burst=client.burst)
+    connection = connect(
+        invocation.kubeconfig, invocation.master, qps=client.qps, burst=client.burst, answered=answered
+    )
     pace = Pace(relist=invocation.configuration.config_sync_period.seconds)
     return ApiServerSource(connection, node_name=node_name(invocation.configuration), pace=pace), connection
 
@@ -131,7 +134,7 @@ def gather(machine: Machine, source: Source) -> None:
     inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
     source.start(inbox.put)
     deadline = time.monotonic() + GATHER_SECONDS
-    missing = set(_EVERYTHING)
+    missing: set[Kind] = set(KINDS)
     trouble = ""
     try:
         while missing:
@@ -139,13 +142,15 @@ def gather(machine: Machine, source: Source) -> None:
                 event = inbox.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 kinds = ", ".join(sorted(missing))
-                raise StartError(f"no list of {kinds} within {GATHER_SECONDS:.0f} s{trouble}") from None
+                raise StartError(f"gave up after {GATHER_SECONDS:.0f} s without a list of {kinds}{trouble}") from None
             machine.state.apply(event)
             match event:
+                case Changed(kind) if kind in missing:  # a long list is on its way
+                    deadline = time.monotonic() + GATHER_SECONDS
                 case Listed(kind):
                     missing.discard(kind)
                 case Unavailable(_, message):
-                    trouble = f": {message}"
+                    trouble = f": {message.partition('; trying again')[0]}"
                 case _:
                     pass
     finally:

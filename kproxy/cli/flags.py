@@ -131,7 +131,7 @@ GROUPS = (
             Flag("kube-api-qps", NUMBER, "requests a second to the API server", ("clientConnection.qps",)),
             Flag("kube-api-burst", INT, "requests at once to the API server", ("clientConnection.burst",)),
             Flag("kube-api-content-type", TEXT, "content type of requests", ("clientConnection.contentType",)),
-            Flag("config-sync-period", DURATION, "how often everything is listed again and compared", ("configSyncPeriod",)),
+            Flag("config-sync-period", DURATION, "how often all is listed again and compared", ("configSyncPeriod",)),
             Flag(
                 "hostname-override",
                 TEXT,

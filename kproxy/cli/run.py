@@ -86,10 +86,10 @@ class _Running:
         self._parts = parts
         self._addresses = addresses
         self._configuration = parts.configuration
-        self._source, connection = source(invocation)
         self._server = HttpServer()
         self._registry = Registry()
         self._metrics = ProxyMetrics(self._registry)
+        self._source, connection = source(invocation, self._metrics.count_request)
         self._own = OwnMetrics(self._registry)
         self._fatal: str = ""
         settings = mode_settings(self._configuration, parts.mode)

@@ -84,9 +84,9 @@ class ClusterState:
         return self._listed >= REQUIRED
 
     @property
-    def node_listed(self) -> bool:
-        """Whether the own Node was asked for, so that a Node that is not known does not exist."""
-        return "Node" in self._listed
+    def surroundings_listed(self) -> bool:
+        """Whether Nodes and ServiceCIDRs have been listed too: what is not known of them does not exist."""
+        return self._listed >= {"Node", "ServiceCIDR"}
 
     @property
     def zone(self) -> str:

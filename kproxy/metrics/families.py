@@ -143,6 +143,11 @@ class ProxyMetrics:
         """Record one trigger time's latency. Clocks of nodes differ: what is negative counts as nothing."""
         self.network_programming.labels(family.name).observe(max(0.0, seconds))
 
+    def count_request(self, method: str, host: str, code: str, seconds: float) -> None:
+        """Count a request to the API server."""
+        self.rest_requests.labels(code, method, host).inc()
+        self.rest_duration.labels(method, host).observe(seconds)
+
     def count_probe(self, path: str, status: int) -> None:
         """Count an answer of `/healthz` or `/livez`."""
         (self.healthz if path == "/healthz" else self.livez).labels(str(status)).inc()
