@@ -14,9 +14,11 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from ipaddress import ip_network
+from ipaddress import IPv6Address, ip_network
+from pathlib import Path
 from typing import NamedTuple
 
 from kproxy.model import Family, Protocol
@@ -24,7 +26,8 @@ from tests.lab import frames
 from tests.lab.namespaces import Namespace
 
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
-PATIENCE = 5.0  # seconds until the loopback device must have delivered
+RTF_LOCAL = 0x80000000
+PATIENCE = 5.0  # seconds until the loopback device must have delivered, addresses be in force
 
 
 class Sighting(NamedTuple):
@@ -72,6 +75,7 @@ class Node:
         """Give the node one more address."""
         self.netns.command("ip", *_address_command(address, self.outside).split())
         self.addresses.add(address)
+        self._await_addresses([address])
 
     def inject(self, device: str, packet: bytes) -> None:
         """Let a packet arrive through a device."""
@@ -153,6 +157,16 @@ class Node:
         lines += [f"route add {network} dev {pods}" for network in pod_networks]
         lines += [f"route add {default} dev {self.outside}" for default in ("0.0.0.0/0", "::/0")]
         self.netns.command("ip", "-batch", "-", stdin="\n".join(lines) + "\n")
+        self._await_addresses(self.addresses)
+
+    def _await_addresses(self, addresses: Iterable[str]) -> None:
+        """Wait until packets to these addresses are delivered: the kernel makes IPv6 addresses local a moment later."""
+        wanted = {IPv6Address(address).packed.hex() for address in addresses if ":" in address}
+        deadline = time.monotonic() + PATIENCE
+        while not wanted <= self.netns.run(_local_ipv6_addresses):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the node's addresses are not in force after {PATIENCE} s: {sorted(addresses)}")
+            time.sleep(0.001)
 
     def _listen(self, family: Family, protocol: int) -> socket.socket:
         listener = self.open_socket(family, socket.SOCK_RAW, protocol)
@@ -174,6 +188,12 @@ SILENT_REFUSALS = {errno.EPERM, errno.EHOSTUNREACH, errno.ENETUNREACH}
 def _address_command(address: str, device: str) -> str:
     network = ip_network(address)
     return f"addr add {network} dev {device}{' nodad' * (network.version == 6)}"
+
+
+def _local_ipv6_addresses() -> set[str]:
+    """Destinations in hexadecimal of the routes that deliver to this network namespace itself."""
+    routes = [line.split() for line in Path("/proc/thread-self/net/ipv6_route").read_text().splitlines()]
+    return {fields[0] for fields in routes if int(fields[8], 16) & RTF_LOCAL}
 
 
 def _open_tun(name: str) -> int:
