@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -53,22 +55,39 @@ def main(argv: Sequence[str]) -> int:
         for problem in error.problems:
             print(f"kproxy: {problem}", file=sys.stderr)
         print("kproxy: see kproxy --help", file=sys.stderr)
-        return 2 if "--dry-run" in argv else 1
+        return 2 if any(word.partition("=")[0] == "--dry-run" for word in argv) else 1
     failed = 2 if invocation.action is Action.DRY_RUN else 1
-    logging = invocation.configuration.logging
+    config = invocation.configuration.logging
     # Who asks for something once is a person, as a rule.
     by_itself: logs.LogFormat | None = None if invocation.action is Action.RUN else "text"
-    logs.configure(logging.format.value if logging.format else by_itself, logging.verbosity)
+    logs.configure(config.format.value if config.format else by_itself, config.verbosity)
+    if by_itself and config.verbosity < 4:
+        # It tells of an attempt that failed, and goes on trying; whether that helped is said in the end.
+        logging.getLogger("kproxy.api.watch").setLevel(logging.ERROR)
     for warning in invocation.warnings:
         log.warning(warning)
     try:
-        return _act(invocation)
+        status = _act(invocation)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has seen enough
         return failed
     except _FAILURES as error:
-        print(f"kproxy: {error}", file=sys.stderr)
+        print(f"kproxy: {_sentence(error)}", file=sys.stderr)
         return failed
+    return status
+
+
+def _sentence(error: Exception) -> str:
+    said = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        said = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    cause = error.__cause__ or error
+    if isinstance(cause, PermissionError) and not cause.filename:  # of a netlink socket, then
+        said += "; CAP_NET_ADMIN is missing for this network namespace"
+    return said
 
 
 def _act(invocation: Invocation) -> int:
