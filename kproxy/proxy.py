@@ -92,7 +92,7 @@ class Proxy:
         self._touched = False  # someone else wrote to our part of the kernel
         self._moved = False  # the node's addresses have changed
         # Times of `clock`; only used in the thread of `run`.
-        self._started = clock()
+        self._complete_at: float | None = None  # when the API server, which may have been down, had answered
         self._has_facts = False
         self._earliest = 0.0
         self._failures = 0
@@ -146,6 +146,8 @@ class Proxy:
             moved, self._moved = self._moved, False
         for event in events:
             self._take_event(event)
+        if self._complete_at is None and self._state.complete:
+            self._complete_at = self._clock()
         if events:
             for observer in self._observers:
                 observer.events_taken(self._state)
@@ -165,12 +167,13 @@ class Proxy:
     @property
     def _waits_for(self) -> tuple[str, float]:
         """What must be known before the first sync, and until when to wait for it; an empty string if nothing."""
-        if not self._state.complete:
+        if self._complete_at is None:
             return "the lists of Services and EndpointSlices", math.inf
-        if not self._state.surroundings_listed and self._clock() < self._started + NODE_PATIENCE_SECONDS:
-            return "the lists of Nodes and ServiceCIDRs", self._started + NODE_PATIENCE_SECONDS
+        patience_ends = self._complete_at + NODE_PATIENCE_SECONDS
+        if not self._state.surroundings_listed and self._clock() < patience_ends:
+            return "the lists of Nodes and ServiceCIDRs", patience_ends
         if not self._has_facts:
-            return "the Node's pod CIDRs", self._started + FACTS_PATIENCE_SECONDS
+            return "the Node's pod CIDRs", self._complete_at + FACTS_PATIENCE_SECONDS
         return "", 0.0
 
     def _take_event(self, event: Event) -> None:
