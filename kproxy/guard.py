@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 from kproxy.dataplane.nftables.kernel import NftablesKernel
 from kproxy.dataplane.nftables.monitor import Monitor
-from kproxy.observers import Quiet
+from kproxy.proxy import Observer
 from kproxy.reconcile import SyncReport
 
 
-class Guarded(Quiet):
+class Guarded(Observer):
     """Watches the tables while they are not ours alone; `touched` is told who changed them, from another thread.
 
     While anyone on the machine listens, the kernel makes a message of every element that is written (about 20 µs), so

@@ -23,6 +23,7 @@ from kproxy.health.services import ServiceHealthChecks
 from kproxy.metrics.families import NftablesMetrics, OwnMetrics, ProxyMetrics, StateAge
 from kproxy.model import Family, ServiceName
 from kproxy.node_addresses import matching
+from kproxy.proxy import Observer
 from kproxy.reconcile import Reconciler, SyncReport
 
 log = structlog.get_logger(__name__)
@@ -30,29 +31,7 @@ log = structlog.get_logger(__name__)
 CONNTRACK_RETRY_SECONDS = 30.0
 
 
-class Quiet:
-    """An observer that does nothing; the others say only what concerns them."""
-
-    def events_taken(self, state: ClusterState) -> None:
-        """Nothing."""
-
-    def sync_wanted(self) -> None:
-        """Nothing."""
-
-    def sync_done(self, report: SyncReport, seconds: float) -> None:
-        """Nothing."""
-
-    def sync_failed(self, error: Exception, seconds: float) -> None:
-        """Nothing."""
-
-    def node_changed(self, node: Node) -> None:
-        """Nothing."""
-
-    def alive(self, kind: Kind) -> None:
-        """Nothing."""
-
-
-class Logged(Quiet):
+class Logged(Observer):
     """Says what syncs did: everything at info for a full one, the rest at debug."""
 
     def sync_done(self, report: SyncReport, seconds: float) -> None:
@@ -72,7 +51,7 @@ class Logged(Quiet):
             log.error("the kernel refuses this Service; others are not affected", service=str(service), reason=reason)
 
 
-class Healthy(Quiet):
+class Healthy(Observer):
     """Feeds `/healthz`, `/livez` and `/readyz`."""
 
     def __init__(self, health: ProxyHealth, families: Sequence[Family]) -> None:
@@ -91,7 +70,7 @@ class Healthy(Quiet):
         self._health.node_changed(node)
 
 
-class HealthChecked(Quiet):
+class HealthChecked(Observer):
     """Opens and closes the health check node ports of Services, and tells them how many endpoints are here."""
 
     def __init__(self, reconciler: Reconciler, checks: Mapping[Family, ServiceHealthChecks]) -> None:
@@ -107,7 +86,7 @@ class HealthChecked(Quiet):
             checks.sync_endpoints(served)
 
 
-class Measured(Quiet):
+class Measured(Observer):
     """Feeds the metrics."""
 
     def __init__(
@@ -190,7 +169,7 @@ class Measured(Quiet):
 _FOUND: Mapping[str, str] = {"add": "missing", "change": "changed", "remove": "foreign"}
 
 
-class Announced(Quiet):
+class Announced(Observer):
     """Writes Events about what an administrator should know."""
 
     def __init__(self, recorder: EventRecorder, node: str) -> None:
@@ -205,7 +184,7 @@ class Announced(Quiet):
             self._recorder.record(events.drift_repaired(self._node, f"{found} entries"))
 
 
-class Cleaned(Quiet):
+class Cleaned(Observer):
     """Deletes UDP conntrack entries that contradict the services, in a thread of its own: a table can be large."""
 
     def __init__(

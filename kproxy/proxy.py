@@ -8,7 +8,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Protocol
 
 import msgspec
 import structlog
@@ -41,8 +40,8 @@ class Pace(msgspec.Struct, frozen=True):
     retry: float = 30.0
 
 
-class Observer(Protocol):
-    """Who wants to know how syncing goes. Called from the sync thread; must not block."""
+class Observer:
+    """Who wants to know how syncing goes. Called from the sync thread; must not block. Does nothing by itself."""
 
     def events_taken(self, state: ClusterState) -> None:
         """Events were taken into the state."""

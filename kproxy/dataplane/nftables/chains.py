@@ -119,8 +119,8 @@ class _FixedChains:
             "remember": [self._vmap("learn"), self._vmap("learn-nodeports")],
             "new-forward": self._new_forward(),
             "new-input": [
-                rule(*self._node_port(), x.vmap(container(self.family, "no-endpoint-nodeports"))),
                 self._vmap("no-endpoints"),
+                rule(*self._node_port(), x.vmap(container(self.family, "no-endpoint-nodeports"))),
                 rule(x.ct_dnat(), x.jump("remember")),
             ],
         }

@@ -96,6 +96,7 @@ class _Departures:
     """What a transaction takes away from clients that stick: endpoints, or all of a frontend's affinity."""
 
     def __init__(self, changes: Iterable[Change], sticky: set[_Frontend]) -> None:
+        self._sticky = sticky
         self._reset: set[_Frontend] = set()
         self._lost: defaultdict[_Frontend, set[Value]] = defaultdict(set)
         moved: defaultdict[tuple[int, _Frontend], tuple[set[Value], set[Value]]] = defaultdict(lambda: (set(), set()))
@@ -125,10 +126,14 @@ class _Departures:
         """Whether a client's affinity is for something that departs."""
         source = container(family, "affinity").key_fields[0].registers * 4
         original = key[1 + source :]
-        for frontend in ((family, original), (family, original[source:])):  # by address, or a node port on any
-            if frontend in self._reset or value in self._lost.get(frontend, ()):
-                return True
-        return False
+        at_address, node_port = (family, original), (family, original[source:])
+        if self._takes_from(at_address, value):
+            return True
+        # A service port of the same number as a node port has clients of its own.
+        return at_address not in self._sticky and self._takes_from(node_port, value)
+
+    def _takes_from(self, frontend: _Frontend, value: bytes) -> bool:
+        return frontend in self._reset or value in self._lost.get(frontend, ())
 
 
 def _frontend(key: bytes) -> _Frontend:

@@ -16,7 +16,7 @@ from kproxy.dataplane.nftables.expressions import NFPROTO, Rule
 from kproxy.dataplane.nftables.features import OWNED_AND_PERSISTENT, Features, probe
 from kproxy.dataplane.nftables.fields import FAMILY_WORDS
 from kproxy.dataplane.nftables.nfnetlink import (
-    DumpInterrupted,
+    DumpInterruptedError,
     Flag,
     MessageError,
     Msg,
@@ -114,7 +114,7 @@ class NftablesKernel:
             generation = self._generation()
             try:
                 entries = self._read_once(counted=attempt < _COUNTED_ATTEMPTS)
-            except DumpInterrupted:
+            except DumpInterruptedError:
                 continue
             if generation == self._generation():
                 return entries
@@ -170,7 +170,7 @@ class NftablesKernel:
                 entries.update(parse(found, elements))
             # A hash table that grows in the background moves elements about under the dump.
             if counted and count is not None and len(entries) - before < count:
-                raise DumpInterrupted(errno.EINTR, f"{found} was read in part")
+                raise DumpInterruptedError(errno.EINTR, f"{found} was read in part")
         return entries
 
     def _read_chains(self, family: Family) -> Entries:
@@ -207,7 +207,7 @@ class NftablesKernel:
                 return
             for elements in self._dump_elements(where):
                 yield from parse_counters(where, elements)
-        except (DumpInterrupted, FileNotFoundError):
+        except (DumpInterruptedError, FileNotFoundError):
             return
 
     def affinity(self, family: Family) -> dict[bytes, bytes]:
@@ -218,7 +218,7 @@ class NftablesKernel:
             try:
                 for elements in self._dump_elements(learned):
                     found.update((key, value) for key, value in parse(learned, elements) if isinstance(value, bytes))
-            except DumpInterrupted:
+            except DumpInterruptedError:
                 continue
             except FileNotFoundError:
                 return {}

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
+from kproxy.netlink import DumpInterruptedError, attribute
+
 NETLINK_NETFILTER = 12
 _SOL_NETLINK = 270
 _NETLINK_CAP_ACK = 10
@@ -104,16 +106,6 @@ class MessageError(NamedTuple):
     errno: int
     text: str
     offset: int
-
-
-class DumpInterrupted(OSError):  # noqa: N818 - it is an OSError by nature, and named as netlink names it
-    """The ruleset changed while it was dumped; what was received may be torn."""
-
-
-def attribute(kind: int, payload: bytes) -> bytes:
-    """An attribute with its padding."""
-    length = len(payload) + 4
-    return _ATTRIBUTE.pack(length, kind) + payload + b"\0" * (-length & 3)
 
 
 def nested(kind: int, *members: bytes) -> bytes:
@@ -253,7 +245,7 @@ class NetlinkSocket:
                         yield MessageError(index if index < count else -1, number, extended, offset)
 
     def dump(self, kind: Msg, family: Nfproto, attributes: bytes = b"") -> Iterator[Received]:
-        """Everything of a kind. Raises DumpInterrupted if the ruleset changed meanwhile, OSError if refused."""
+        """Everything of a kind. Raises DumpInterruptedError if the ruleset changed meanwhile, OSError if refused."""
         yield from self._request(kind, family, attributes, _NLM_F_DUMP)
 
     def get(self, kind: Msg, family: Nfproto, attributes: bytes = b"") -> Received:
@@ -277,7 +269,7 @@ class NetlinkSocket:
                         return
                 elif received.type == -_NLMSG_DONE:
                     if interrupted:
-                        raise DumpInterrupted(errno.EINTR, "the ruleset changed while it was read")
+                        raise DumpInterruptedError(errno.EINTR, "the ruleset changed while it was read")
                     return
                 elif received.type == -_NLMSG_ERROR:
                     number, extended, _ = _error(received)
