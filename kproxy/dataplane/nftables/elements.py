@@ -17,8 +17,9 @@ from kproxy.dataplane.base import ApplyError, Key, Value
 from kproxy.dataplane.nftables.containers import COMMENT_BYTES, Container
 from kproxy.dataplane.nftables.expressions import NFPROTO, VERDICTS, verdict_attribute
 from kproxy.dataplane.nftables.fields import tlv
-from kproxy.dataplane.nftables.nfnetlink import Flag, Message, Msg, attribute, each, parsed, string, text, u32
+from kproxy.dataplane.nftables.nfnetlink import Flag, Message, Msg, each, parsed, string, text, u32
 from kproxy.dataplane.nftables.ruleset import TABLE_NAME
+from kproxy.netlink import attribute
 
 # NFTA_SET_ELEM_LIST_*
 _LIST_TABLE, LIST_SET, LIST_ELEMENTS = 1, 2, 3

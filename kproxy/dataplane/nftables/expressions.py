@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 from kproxy.dataplane.nftables.containers import Container
 from kproxy.dataplane.nftables.fields import ADDRESSES, FAMILY_WORDS, PORT, REGISTER_BYTES, Attributes, Field, slot
-from kproxy.dataplane.nftables.nfnetlink import Nfproto, attribute, each, nested, parsed, string, u32
+from kproxy.dataplane.nftables.nfnetlink import Nfproto, each, nested, parsed, string, u32
 from kproxy.model import Family
+from kproxy.netlink import attribute
 
 EXPRESSION_NAME, _EXPRESSION_DATA = 1, 2
 _DATA_VALUE, _DATA_VERDICT = 1, 2

@@ -15,19 +15,11 @@ from kproxy.dataplane.nftables.elements import LIST_ELEMENTS, Step, element_at, 
 from kproxy.dataplane.nftables.expressions import NFPROTO, Rule
 from kproxy.dataplane.nftables.features import OWNED_AND_PERSISTENT, Features, probe
 from kproxy.dataplane.nftables.fields import FAMILY_WORDS
-from kproxy.dataplane.nftables.nfnetlink import (
-    DumpInterruptedError,
-    Flag,
-    MessageError,
-    Msg,
-    NetlinkSocket,
-    Nfproto,
-    parsed,
-    string,
-)
+from kproxy.dataplane.nftables.nfnetlink import Flag, MessageError, Msg, NetlinkSocket, Nfproto, parsed, string
 from kproxy.dataplane.nftables.plan import Unit, plan
 from kproxy.dataplane.nftables.ruleset import TABLE_NAME, Chain, ChainKey, Hook, SetKey, Table, TableKey, UnknownSet
 from kproxy.model import Family
+from kproxy.netlink import DumpInterruptedError
 
 COUNTED_ENDPOINTS = 20_000
 _READ_ATTEMPTS = 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kproxy.dataplane.nftables.containers import AFFINITY_SIZE, Container, container
 from kproxy.dataplane.nftables.expressions import EXPRESSION_NAME, NFPROTO, Rule, canonical
 from kproxy.dataplane.nftables.fields import TYPE_VERDICT, datatype, note32, tlv, typeof
-from kproxy.dataplane.nftables.nfnetlink import Flag, Message, Msg, attribute, each, nested, parsed, string, text, u32
+from kproxy.dataplane.nftables.nfnetlink import Flag, Message, Msg, each, nested, parsed, string, text, u32
 from kproxy.dataplane.nftables.ruleset import (
     TABLE_COMMENT,
     TABLE_NAME,
@@ -15,6 +15,7 @@ from kproxy.dataplane.nftables.ruleset import (
     UnknownSet,
 )
 from kproxy.model import Family
+from kproxy.netlink import attribute
 
 # NFTA_TABLE_*
 TABLE_FLAGS, TABLE_USERDATA, TABLE_OWNER = 2, 6, 7
