@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Literal
 
 import msgspec
@@ -89,6 +90,7 @@ class Reconciler:
         self._dirty: set[ServiceName] = set()
         self._in_doubt = True  # what is in place is not known for certain
         self._settled = False  # a full comparison has succeeded once
+        self._report = SyncReport()  # what attempts that failed have done nevertheless
         self._fixed = dataplane.render_base(facts)  # what is wanted whatever the Services are
         # What is in the kernel, by who wants it:
         self._base: Entries = {}
@@ -138,61 +140,89 @@ class Reconciler:
         """Bring the kernel up to date. Raises ApplyError (nothing forgotten: call again) and OSError."""
         self._dirty |= self.state.dirty
         self.state.dirty.clear()
-        report = SyncReport(full=self._in_doubt)
+        report = self._report
+        report.full = self._in_doubt
         if not self._in_doubt:
+            self._in_doubt = True  # if this fails: someone else may have changed what we rely on
             try:
-                self._install(list(self._dirty), {}, report, base=True, split=False)
+                self._sync_dirty(report)
             except ApplyError as error:
                 if error.transient:
                     raise
-                self._in_doubt = True  # someone else may have changed what we rely on
-                report = SyncReport(full=True)
-            else:
-                return report
-        rendered = self._adopt(self._dataplane.read())
-        if self._settled:
-            report.drift = self._drift(rendered)
-        self._install(list({**rendered, **dict.fromkeys(self._dirty)}), rendered, report, base=True, split=True)
+                report.full = True
+        if report.full:
+            self._sync_everything(report)
         self._in_doubt = False
-        self._settled = True
+        self._report = SyncReport()
         return report
+
+    def _sync_dirty(self, report: SyncReport) -> None:
+        """Bring in what has changed. A Service that was refused goes by itself: the others are not to suffer again."""
+        refused = self._dirty & self.quarantine.keys()
+        self._install(list(self._dirty - refused), {}, report, base=True, split=False)
+        for service in refused:
+            self._install([service], {}, report, base=False, split=True)
+
+    def _sync_everything(self, report: SyncReport) -> None:
+        """Compare with the kernel, and bring in what differs."""
+        actual = self._dataplane.read()
+        if self._settled:
+            report.drift.update(self._differences(actual))
+        rendered = self._adopt(actual)
+        self._install(list({**rendered, **dict.fromkeys(self._dirty)}), rendered, report, base=True, split=True)
+        self._settled = True
+
+    def _differences(self, actual: Entries) -> Counter[Kind]:
+        """In how many entries the kernel differs from what was last written there."""
+        found: Counter[Kind] = Counter()
+        present = 0
+        own = chain.from_iterable(entries.items() for entries in (self._base, self._orphans, *self._owned.values()))
+        of_one = ((key, value) for key, value in own if key not in self._shared)
+        for key, value in chain(of_one, ((key, entry.value) for key, entry in self._shared.items())):
+            there = actual.get(key)
+            if there is None:
+                found["add"] += 1
+            else:
+                present += 1
+                found["change"] += there != value
+        found["remove"] = len(actual) - present
+        return +found
 
     def _adopt(self, actual: Entries) -> dict[ServiceName, _Rendered]:
         """Attribute what the kernel holds to whom it belongs. Returns what Services want that differs or is dirty."""
         self._base = {key: actual.pop(key) for key in self._fixed if key in actual}
-        held = {service: self._owned[service] for service in self.quarantine if service in self._owned}
+        undecided = self._dirty | self.quarantine.keys()
+        before = {service: self._owned[service] for service in undecided if service in self._owned}
         self._owned, self._shared = {}, {}
         rendered = {}
-        claimed: Entries = {}  # shared entries, which more than one Service takes out of `actual`
         for service in self.state.services():
+            if service in self.quarantine and service not in self._dirty:
+                continue
             wanted = self._render(service, actual)
-            if service in held and service not in self._dirty:
-                wanted = _Rendered(held[service], wanted.summary)
-            owned: Entries = {}
-            for key, value in wanted.entries.items():
-                if key in claimed:
-                    owned[key] = value
-                    self._shared[key].count += 1
-                elif key in actual:
-                    found = actual.pop(key)
-                    owned[key] = value if found == value else found
-                    if self._dataplane.is_shared(key):
-                        claimed[key] = found
-                        self._shared[key] = _Shared(found, 1)
+            owned = self._take(wanted.entries, actual)
             if owned:
                 self._owned[service] = owned
             if service in self._dirty or owned != wanted.entries:
                 rendered[service] = wanted
+        for service, entries in before.items():  # it stays, should the Service be refused, unless others want it
+            owned = self._owned.setdefault(service, {})
+            owned.update(self._take({key: value for key, value in entries.items() if key not in owned}, actual))
         self._orphans = actual
         return rendered
 
-    def _drift(self, rendered: Mapping[ServiceName, _Rendered]) -> Counter[Kind]:
-        changes = diff(self._fixed, self._base)
-        changes.extend(Change(key, value, None) for key, value in self._orphans.items())
-        for service, wanted in rendered.items():
-            if service not in self._dirty:
-                changes.extend(diff(wanted.entries, self._owned.get(service, {})))
-        return Counter(map(kind, changes))
+    def _take(self, entries: Entries, actual: Entries) -> Entries:
+        """What the kernel holds of a Service's entries. It is taken out of `actual`; others may share it."""
+        owned: Entries = {}
+        for key, value in entries.items():
+            if key in self._shared:
+                owned[key] = value
+                self._shared[key].count += 1
+            elif key in actual:
+                found = actual.pop(key)
+                owned[key] = value if found == value else found
+                if self._dataplane.is_shared(key):
+                    self._shared[key] = _Shared(found, 1)
+        return owned
 
     def _render(self, service: ServiceName, present: Mapping[Key, Value]) -> _Rendered:
         routes = self.state.routes(service)

@@ -16,6 +16,7 @@ from kproxy.model import (
 )
 
 DEFAULT_AFFINITY_SECONDS = 10800
+_TOO_MANY_SECONDS = 1 << 53  # in milliseconds, more than 64 bits
 Note = Callable[[str], None]
 
 # Stands for a list of source ranges of which none could be read: nobody sends from these, so nobody is let in.
@@ -78,29 +79,33 @@ def _ports_of_family(
     reachable_by_spec = spec.type in ("LoadBalancer", "NodePort") or bool(spec.external_ips)
     external_local = spec.external_traffic_policy == "Local" and reachable_by_spec
     source_ranges = _source_ranges(spec.load_balancer_source_ranges or [], family, note)
+    affinity_seconds = _affinity_seconds(service, note)
     seen: set[tuple[str, Protocol]] = set()
     for port in spec.ports or []:
         protocol = _protocol(port, note)
-        if protocol is None:
+        if protocol is None or not _is_port(port.port, f"port {port.name or port.port}: port", note):
             continue
         if (port.name, protocol) in seen:
             note(f"port {port.name or port.port}: a second one with this name and protocol is left out")
             continue
         seen.add((port.name, protocol))
+        node_port = port.node_port
+        if node_port and not _is_port(node_port, f"port {port.name or port.port}: nodePort", note):
+            node_port = 0
         yield ServicePort(
             name=ServicePortName(name.namespace, name.name, port.name, protocol),
             family=family,
             cluster_ip=cluster_ip,
             port=port.port,
-            node_port=port.node_port,
+            node_port=node_port,
             external_ips=external_ips if allow_external_ips else (),
             load_balancer_ips=vips,
             source_ranges=source_ranges,
-            affinity_seconds=_affinity_seconds(service),
+            affinity_seconds=affinity_seconds,
             internal_local=spec.internal_traffic_policy == "Local",
             external_local=external_local,
             health_check_node_port=_health_check_port(service, external_local),
-            externally_accessible=bool(port.node_port or vips or external_ips),
+            externally_accessible=bool(node_port or vips or external_ips),
             created=service.metadata.creation_timestamp or "",
         )
 
@@ -111,6 +116,13 @@ def _protocol(port: ServicePortSpec, note: Note) -> Protocol | None:
     except ValueError:
         note(f"port {port.name or port.port}: protocol {port.protocol!r} is not TCP, UDP or SCTP")
         return None
+
+
+def _is_port(number: int, field: str, note: Note) -> bool:
+    if 0 < number < 1 << 16:
+        return True
+    note(f"{field} {number} is not in the range 1 to 65535 and is left out")
+    return False
 
 
 def _addresses(texts: Iterable[str], family: Family, field: str, note: Note) -> tuple[str, ...]:
@@ -141,12 +153,17 @@ def _source_ranges(texts: list[str], family: Family, note: Note) -> tuple[str, .
     return () if any(cidr.endswith("/0") for cidr in ours) else ours
 
 
-def _affinity_seconds(service: Service) -> int:
+def _affinity_seconds(service: Service, note: Note) -> int:
     if service.spec.session_affinity != "ClientIP":
         return 0
     config = service.spec.session_affinity_config
     seconds = config.client_ip.timeout_seconds if config and config.client_ip else None
-    return seconds or DEFAULT_AFFINITY_SECONDS
+    if not seconds:
+        return DEFAULT_AFFINITY_SECONDS
+    if not 0 < seconds < _TOO_MANY_SECONDS:
+        note(f"timeoutSeconds {seconds} of the session affinity cannot be: {DEFAULT_AFFINITY_SECONDS} it is")
+        return DEFAULT_AFFINITY_SECONDS
+    return seconds
 
 
 def _health_check_port(service: Service, external_local: bool) -> int:

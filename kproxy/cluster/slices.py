@@ -38,10 +38,11 @@ def read_slice(source: EndpointSlice, node_name: str, note: Note) -> Slice | Non
         return None
     ports = []
     for port in source.ports or []:
-        if port.name is None or not port.port:
-            note(f"port {port.name!r} has no {'name' if port.name is None else 'number'} and is left out")
+        number = port.port or 0
+        if port.name is None or not 0 < number < 1 << 16:
+            note(f"port {port.name!r} has no {'name' if port.name is None else 'usable number'} and is left out")
             continue
-        ports.append(SlicePortRef(intern(port.name), intern(port.protocol), port.port))
+        ports.append(SlicePortRef(intern(port.name), intern(port.protocol), number))
     endpoints = []
     for endpoint in source.endpoints or []:
         if endpoint.addresses:

@@ -115,7 +115,6 @@ EDITS: dict[str, tuple[list[Object], dict[str, list[str]]]] = {
         {
             "For all Services": [
                 "- ip chain nodeport-pick-1",
-                "- ip chain pick-1",
             ],
             "Service default/shop": [
                 "+ ip map no-endpoints: 10.96.0.20 . tcp . 80 → goto reject-it (default/shop)",
@@ -132,7 +131,6 @@ EDITS: dict[str, tuple[list[Object], dict[str, list[str]]]] = {
         shop("10.0.0.3"),
         {
             "For all Services": [
-                "- ip chain pick-2",
                 "- ip set cluster-ips: 10.96.0.10",
             ],
             "Service default/web": [

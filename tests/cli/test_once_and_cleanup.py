@@ -101,9 +101,14 @@ def test_cleanup_leaves_exactly_what_is_not_ours(here: OneNode):
     here.kproxy("--once", f"--manifests={here.manifests(*web(), *sticky('shop', '10.96.0.20'))}")
     load(here, KUBE_PROXY)
 
-    for _ in range(2):
+    removed = [
+        f"removed table {family} {table}\n"
+        for family in ("ip", "ip6")
+        for table in ("kproxy", "kube-proxy (kube-proxy's own, with all its rules)")
+    ]
+    for told in ("".join(removed), ""):
         done = here.kproxy("--cleanup")
-        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert (done.returncode, done.stdout, done.stderr) == (0, told, "")
         assert here.ruleset == foreign
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import msgspec
 
@@ -15,8 +15,7 @@ from kproxy.dataplane.nftables.dataplane import NftablesDataplane
 from kproxy.dataplane.nftables.features import Features
 from kproxy.dataplane.nftables.kernel import NftablesKernel
 from kproxy.model import Family, NodeFacts
-from kproxy.observers import Quiet
-from kproxy.proxy import Pace, Proxy
+from kproxy.proxy import Observer, Pace, Proxy
 from kproxy.reconcile import Reconciler, SyncReport
 from tests.lab.namespaces import Namespace
 from tests.lab.waiting import eventually
@@ -35,18 +34,49 @@ def deleted(item: Object) -> Deleted:
     return Deleted(item["kind"], msgspec.convert(item, KINDS[item["kind"]]))
 
 
-def reconciler(netns: Namespace, *objects: Object, features: Features | None = None) -> Reconciler:
-    """State with these objects, and what brings it to the kernel of a namespace."""
+class Part(NamedTuple):
+    """A reconciler with its own connection to the kernel of a namespace."""
+
+    reconciler: Reconciler
+    kernel: NftablesKernel
+
+    @property
+    def in_step(self) -> bool:
+        """Whether the kernel, read anew, holds all that is wanted and nothing else."""
+        return self.reconciler.plan() == []
+
+    def put(self, *items: Object) -> None:
+        """Objects were created or changed."""
+        for item in items:
+            self.reconciler.state.apply(changed(item))
+
+    def delete(self, *items: Object) -> None:
+        """Objects were deleted."""
+        for item in items:
+            self.reconciler.state.apply(deleted(item))
+
+    def sync(self) -> SyncReport:
+        """Bring the kernel up to date."""
+        return self.reconciler.sync()
+
+
+def part(
+    netns: Namespace,
+    *objects: Object,
+    features: Features | None = None,
+    dataplane: Callable[[NftablesKernel], NftablesDataplane] = NftablesDataplane,
+) -> Part:
+    """State with these objects, and what brings it to the kernel of a namespace. The caller closes the kernel."""
     kernel = netns.run(NftablesKernel, tuple(Family), features)
     state = ClusterState(NODE, note=lambda text: None)
     for kind in KINDS:
         state.apply(Listed(kind, frozenset()))
-    for item in objects:
-        state.apply(changed(item))
-    return Reconciler(state, NftablesDataplane(kernel), FACTS)
+    made = Part(Reconciler(state, dataplane(kernel), FACTS), kernel)
+    made.put(*objects)
+    return made
 
 
-class _Seen(Quiet):
+class _Seen(Observer):
     """What an observer is told."""
 
     def __init__(self) -> None:

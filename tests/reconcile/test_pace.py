@@ -10,7 +10,8 @@ from kproxy.dataplane.nftables.kernel import NftablesKernel
 from kproxy.model import Family
 from kproxy.proxy import FACTS_PATIENCE_SECONDS, NODE_PATIENCE_SECONDS, Pace, StartError
 from tests.lab.namespaces import Namespace
-from tests.reconcile.driven import FACTS, Driven, reconciler
+from tests.reconcile.conftest import MakePart
+from tests.reconcile.driven import FACTS, Driven
 from tests.reconcile.objects import refused, services, sticky, web
 
 HOUR = 3600.0
@@ -46,8 +47,8 @@ def test_the_minimum_between_two_syncs_is_kept(netns: Namespace):
         assert driven.at(100).syncs == 3  # the last one is long ago
 
 
-def test_failures_are_retried_with_growing_delays_and_nothing_is_forgotten(netns: Namespace):
-    other = reconciler(netns, *web())
+def test_failures_are_retried_with_growing_delays_and_nothing_is_forgotten(netns: Namespace, make_part: MakePart):
+    other = make_part(*web())
     other.sync()  # the tables are another's now
     with Driven(netns, pace=Pace(retry=3)) as driven:
         driven.put(*services(3))
@@ -62,7 +63,7 @@ def test_failures_are_retried_with_growing_delays_and_nothing_is_forgotten(netns
         assert "another running process" in str(driven.seen.failures[0])
         assert driven.seen.wanted == 1
 
-        other._dataplane._kernel.close()
+        other.kernel.close()
         assert driven.at(attempted + 3).syncs == 1
     assert set(driven.seen.reports[0].services) == set(driven.reconciler.state.services())
     listed = netns.command("nft", "list", "map", "ip", "kproxy", "services").stdout
