@@ -26,7 +26,7 @@ class Guarded(Observer):
 
     def start(self) -> None:
         """Begin, if there is something to watch already. Raises OSError."""
-        if self._kernel.present():
+        if self._kernel.tables():
             self._watch()
 
     def sync_done(self, report: SyncReport, seconds: float) -> None:  # noqa: ARG002 - of the protocol

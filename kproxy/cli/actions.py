@@ -9,7 +9,8 @@ from kproxy.cli import difference
 from kproxy.cli.assembly import gather, machine, source
 from kproxy.cli.invocation import Invocation, UsageError
 from kproxy.config.v1alpha1 import Configuration
-from kproxy.dataplane.nftables.dataplane import KUBE_PROXY_TABLES
+from kproxy.dataplane.base import Change
+from kproxy.dataplane.nftables.describe import describe
 from kproxy.dataplane.nftables.kernel import NftablesKernel
 from kproxy.explain import Action, Node, Packet, explain
 from kproxy.model import Family, Protocol, canonical_address
@@ -17,8 +18,6 @@ from kproxy.node_addresses import local_addresses
 from kproxy.observers import Cleaned, Logged
 
 log = structlog.get_logger(__name__)
-
-OWN_TABLES = (("ip", "kproxy"), ("ip6", "kproxy"))
 
 
 def conntrack_limits(configuration: Configuration) -> sysctl.ConntrackLimits:
@@ -71,7 +70,11 @@ def dry_run(invocation: Invocation, *, as_json: bool, color: bool) -> int:
 def clean_up() -> None:
     """Remove our tables and those of kube-proxy's nftables mode, in one transaction. Raises ApplyError."""
     with NftablesKernel(tuple(Family)) as kernel:
-        kernel.apply([], (*OWN_TABLES, *KUBE_PROXY_TABLES))
+        tables = kernel.tables()
+        if tables:
+            kernel.apply([Change(key, value, None) for key, value in tables.items()])
+    for key, value in tables.items():
+        print(f"removed {describe(key, value)}")
 
 
 def explain_packet(invocation: Invocation) -> int:

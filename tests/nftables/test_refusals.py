@@ -11,7 +11,7 @@ from kproxy.dataplane.nftables import expressions as x
 from kproxy.dataplane.nftables.containers import COMMENT_BYTES, container, element_comment
 from kproxy.dataplane.nftables.expressions import rule
 from kproxy.dataplane.nftables.kernel import NftablesKernel
-from kproxy.dataplane.nftables.ruleset import Chain, ChainKey, SetKey, Table, TableKey
+from kproxy.dataplane.nftables.ruleset import Chain, ChainKey, KubeProxyTableKey, SetKey, Table, TableKey
 from kproxy.model import Family
 from tests.lab.namespaces import Namespace
 from tests.nftables.conftest import WITHOUT_OWNER, OpenKernel
@@ -143,14 +143,16 @@ def test_there_is_no_affinity_without_a_table(kernel: NftablesKernel):
     assert list(kernel.counters(SERVICES)) == []
 
 
-def test_a_table_of_another_program_goes_in_the_same_transaction(kernel: NftablesKernel, netns: Namespace):
+def test_the_table_of_kube_proxy_goes_in_the_transaction_that_brings_ours(kernel: NftablesKernel, netns: Namespace):
     netns.command("nft", "add table ip kube-proxy; add chain ip kube-proxy c; add rule ip kube-proxy c accept")
+    found = kernel.read()
+    assert found == {KubeProxyTableKey(V4): Table()}
     with pytest.raises(ApplyError):
-        kernel.apply([*diff(LAYOUT, {}), Change(service(1), None, ("goto nowhere", ""))], [("ip", "kube-proxy")])
+        kernel.apply([*diff(LAYOUT, found), Change(service(1), None, ("goto nowhere", ""))])
     assert netns.command("nft", "list", "tables").stdout == "table ip kube-proxy\n"
-    kernel.apply(diff(LAYOUT, {}), [("ip", "kube-proxy"), ("ip6", "kube-proxy")])
+    kernel.apply(diff(LAYOUT, found))
     assert netns.command("nft", "list", "tables").stdout == "table ip kproxy\n"
-    kernel.apply([], [("ip", "kproxy"), ("ip6", "kproxy")])
+    kernel.apply(diff({}, kernel.tables()))
     assert netns.command("nft", "list", "tables").stdout == ""
 
 
@@ -176,7 +178,7 @@ def test_a_table_that_another_process_owns_is_left_alone(netns: Namespace, kerne
             other.apply([Change(service(1), None, ("drop", ""))])
         assert refused.value.transient
         with pytest.raises(ApplyError, match="belongs to another running process"):
-            other.apply([], [("ip", "kproxy")])
+            other.apply(diff({}, other.tables()))
     assert kernel.read() == LAYOUT
 
 

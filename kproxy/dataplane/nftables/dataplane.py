@@ -14,8 +14,6 @@ from kproxy.dataplane.nftables.render import render_route
 from kproxy.dataplane.nftables.ruleset import ChainKey
 from kproxy.model import Family, NodeFacts, Route, ServiceName
 
-# kube-proxy's own tables; their rules would translate the same packets a second time.
-KUBE_PROXY_TABLES = (("ip", "kube-proxy"), ("ip6", "kube-proxy"))
 SLOT_LENGTH = 4
 
 _Frontend = tuple[Family, bytes]  # with packed address (none for node ports), protocol and port
@@ -31,7 +29,6 @@ class NftablesDataplane:
 
     def __init__(self, kernel: NftablesKernel) -> None:
         self._kernel = kernel
-        self._takes_over = True  # tables of kube-proxy go in the first transaction
         self._sticky: set[_Frontend] = set()  # frontends with affinity, as far as was read or written
 
     def render_base(self, facts: NodeFacts) -> Entries:
@@ -57,8 +54,7 @@ class NftablesDataplane:
         changes = list(changes)
         departed = _Departures(changes, self._sticky)
         forgotten = list(self._forgotten(departed))
-        self._kernel.apply(changes + forgotten, KUBE_PROXY_TABLES if self._takes_over else ())
-        self._takes_over = False
+        self._kernel.apply(changes + forgotten)
         for change in changes:
             if isinstance(change.key, bytes) and change.key[0] in _LEARNS:
                 (self._sticky.discard if change.new is None else self._sticky.add)(_frontend(change.key))

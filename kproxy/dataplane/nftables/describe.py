@@ -8,7 +8,16 @@ from kproxy.dataplane.nftables.elements import verdict_text
 from kproxy.dataplane.nftables.expressions import Canonical, Rule
 from kproxy.dataplane.nftables.fields import FAMILY_WORDS
 from kproxy.dataplane.nftables.nfnetlink import parsed, text
-from kproxy.dataplane.nftables.ruleset import TABLE_NAME, Chain, ChainKey, SetKey, Table, TableKey
+from kproxy.dataplane.nftables.ruleset import (
+    KUBE_PROXY_TABLE,
+    TABLE_NAME,
+    Chain,
+    ChainKey,
+    KubeProxyTableKey,
+    SetKey,
+    Table,
+    TableKey,
+)
 
 
 def describe(key: Key, value: Value) -> str:
@@ -19,6 +28,8 @@ def describe(key: Key, value: Value) -> str:
         case TableKey(family):
             fault = f" ({value.fault})" if isinstance(value, Table) and value.fault else ""
             return f"table {FAMILY_WORDS[family]} {TABLE_NAME}{fault}"
+        case KubeProxyTableKey(family):
+            return f"table {FAMILY_WORDS[family]} {KUBE_PROXY_TABLE} (kube-proxy's own, with all its rules)"
         case SetKey(family, name):
             shown = str(value) if isinstance(value, Container) else f"set or map {name} (not of this layout)"
             return f"{FAMILY_WORDS[family]} {shown}"

@@ -17,7 +17,18 @@ from kproxy.dataplane.nftables.features import OWNED_AND_PERSISTENT, Features, p
 from kproxy.dataplane.nftables.fields import FAMILY_WORDS
 from kproxy.dataplane.nftables.nfnetlink import Flag, MessageError, Msg, NetlinkSocket, Nfproto, parsed, string
 from kproxy.dataplane.nftables.plan import Unit, plan
-from kproxy.dataplane.nftables.ruleset import TABLE_NAME, Chain, ChainKey, Hook, SetKey, Table, TableKey, UnknownSet
+from kproxy.dataplane.nftables.ruleset import (
+    KUBE_PROXY_TABLE,
+    TABLE_NAME,
+    Chain,
+    ChainKey,
+    Hook,
+    KubeProxyTableKey,
+    SetKey,
+    Table,
+    TableKey,
+    UnknownSet,
+)
 from kproxy.model import Family
 from kproxy.netlink import DumpInterruptedError
 
@@ -90,16 +101,23 @@ class NftablesKernel:
         tables = [self._table(family) or {} for family in self._families]
         return all(int.from_bytes(table.get(structure.TABLE_OWNER, b""), "big") == self.port for table in tables)
 
-    def present(self) -> bool:
-        """Whether any of our tables is there. Raises OSError."""
-        return any(self._table(family) is not None for family in self._families)
+    def tables(self) -> Entries:
+        """Our tables that are there, without what is in them, and those of kube-proxy. Raises OSError."""
+        entries: Entries = {}
+        for family in self._families:
+            if self._table(family) is not None:
+                entries[TableKey(family)] = Table()
+            if self._table(family, KUBE_PROXY_TABLE) is not None:
+                entries[KubeProxyTableKey(family)] = Table()
+        return entries
 
     # --- reading ---
 
     def read(self) -> Entries:
         """What the kernel holds of ours, except what packets put there. Raises OSError.
 
-        Where a table is there but is not one that changes can turn into ours, it is all there is: a `Table` with the
+        kube-proxy's table counts too: its rules would translate the same packets a second time, so nobody wants it.
+        Where our table is there but is not one that changes can turn into ours, it is all there is: a `Table` with the
         fault, so that everything is written into a new one.
         """
         for attempt in range(_READ_ATTEMPTS):
@@ -118,6 +136,8 @@ class NftablesKernel:
     def _read_once(self, *, counted: bool) -> Entries:
         entries: Entries = {}
         for family in self._families:
+            if self._table(family, KUBE_PROXY_TABLE) is not None:
+                entries[KubeProxyTableKey(family)] = Table()
             found = self._table(family)
             if found is None:
                 continue
@@ -134,10 +154,10 @@ class NftablesKernel:
             entries.update(self._read_chains(family))
         return entries
 
-    def _table(self, family: Family) -> dict[int, bytes] | None:
+    def _table(self, family: Family, name: str = TABLE_NAME) -> dict[int, bytes] | None:
         try:
             return parsed(
-                self._socket.get(Msg.GETTABLE, NFPROTO[family], string(_TABLE_NAME_ATTRIBUTE, TABLE_NAME)).attributes
+                self._socket.get(Msg.GETTABLE, NFPROTO[family], string(_TABLE_NAME_ATTRIBUTE, name)).attributes
             )
         except FileNotFoundError:
             return None
@@ -219,8 +239,8 @@ class NftablesKernel:
 
     # --- writing ---
 
-    def apply(self, changes: Iterable[Change], also_delete: Iterable[tuple[str, str]] = ()) -> None:
-        """Make the changes in one transaction, and delete other tables, given as (family, name), where they exist.
+    def apply(self, changes: Iterable[Change]) -> None:
+        """Make the changes in one transaction.
 
         Where the send buffer may not be widened (user namespaces of older kernels), a large change takes several
         transactions, additions first.
@@ -228,7 +248,7 @@ class NftablesKernel:
         """
         changes = list(changes)
         for attempt in range(_EXPIRY_ATTEMPTS):
-            units = self._plan(changes, also_delete)
+            units = self._plan(changes)
             try:
                 self._send(units)
             except _Expired:
@@ -240,11 +260,8 @@ class NftablesKernel:
             break
         self._note_settled(changes)
 
-    def _plan(self, changes: list[Change], also_delete: Iterable[tuple[str, str]]) -> list[Unit]:
+    def _plan(self, changes: list[Change]) -> list[Unit]:
         try:
-            deleted: list[Unit] = [(step,) for step in self._foreign_tables(also_delete)]
-            if not changes:
-                return deleted
             owner, destroy = self.features
             taken_over = self._taken_over(changes) if owner else []
             present = changes if destroy else self._without_expired(changes)
@@ -252,7 +269,7 @@ class NftablesKernel:
             raise ApplyError(f"nftables: {error.strerror}", transient=True) from error
         flags = OWNED_AND_PERSISTENT if owner else 0
         removal = Msg.DESTROYSETELEM if destroy else Msg.DELSETELEM
-        return taken_over + plan(present, flags, removal, self._counted_endpoints) + deleted
+        return taken_over + plan(present, flags, removal, self._counted_endpoints)
 
     def _taken_over(self, changes: list[Change]) -> list[Unit]:
         """What makes tables ours whose owner has gone."""
@@ -289,16 +306,6 @@ class NftablesKernel:
             there.update(self.affinity(family))
         gone = {key for key in removed if key not in there}
         return [change for change in changes if change.key not in gone] if gone else changes
-
-    def _foreign_tables(self, names: Iterable[tuple[str, str]]) -> Iterator[Step]:
-        families = {word: family for family, word in FAMILY_WORDS.items()}
-        for word, name in names:
-            family = families[word]
-            try:
-                self._socket.get(Msg.GETTABLE, NFPROTO[family], string(_TABLE_NAME_ATTRIBUTE, name))
-            except FileNotFoundError:
-                continue
-            yield Step(structure.delete_table(family, name), (f"table {word} {name}",))
 
     def _send(self, units: list[Unit]) -> None:
         size = sum(_size(unit) for unit in units)

@@ -14,7 +14,15 @@ from kproxy.dataplane.nftables import structure
 from kproxy.dataplane.nftables.containers import CONTAINERS, Container
 from kproxy.dataplane.nftables.elements import Step, additions, removals
 from kproxy.dataplane.nftables.nfnetlink import Flag, Message, Msg
-from kproxy.dataplane.nftables.ruleset import TABLE_NAME, Chain, ChainKey, SetKey, TableKey
+from kproxy.dataplane.nftables.ruleset import (
+    KUBE_PROXY_TABLE,
+    TABLE_NAME,
+    Chain,
+    ChainKey,
+    KubeProxyTableKey,
+    SetKey,
+    TableKey,
+)
 from kproxy.model import Family
 
 Unit = tuple[Step, ...]
@@ -83,6 +91,8 @@ class _Units:
         match change.key:
             case TableKey(family):
                 self._table(family, change)
+            case KubeProxyTableKey(family):
+                self._table_removals.append((Step(structure.delete_table(family, KUBE_PROXY_TABLE), (change.key,)),))
             case SetKey(family, name):
                 self._set(family, name, change)
             case ChainKey(family, name):

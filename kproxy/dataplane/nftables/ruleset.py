@@ -10,6 +10,7 @@ from kproxy.dataplane.nftables.expressions import Rule
 from kproxy.model import Family
 
 TABLE_NAME = "kproxy"
+KUBE_PROXY_TABLE = "kube-proxy"
 TABLE_COMMENT = "kproxy: Kubernetes services"
 
 HookName = Literal["prerouting", "input", "forward", "output", "postrouting"]
@@ -18,6 +19,12 @@ PolicyName = Literal["drop", "accept"]
 
 class TableKey(msgspec.Struct, frozen=True):
     """Our table in one family."""
+
+    family: Family
+
+
+class KubeProxyTableKey(msgspec.Struct, frozen=True):
+    """The table that kube-proxy's nftables mode leaves; only ever removed. The value is a `Table`."""
 
     family: Family
 
