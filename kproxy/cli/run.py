@@ -200,10 +200,11 @@ class _Running:
             return
 
         def failed(error: OSError) -> None:
-            log.error("cannot listen", address=address, error=str(error))
+            reason = os.strerror(error.errno) if error.errno else str(error)  # Python adds where in itself it was
+            log.error("cannot listen", address=address, error=reason)
             if self._configuration.bind_address_hard_fail:
-                self._recorder.record(event(self._parts.state.node_name, str(error)))
-                self._fatal = f"cannot listen on {address}: {error}"
+                self._recorder.record(event(self._parts.state.node_name, f"{address}: {reason}"))
+                self._fatal = f"cannot listen on {address}: {reason}"
                 self._proxy.stop()
 
         self._server.listen_or_retry(ListenAddress.parse(address), handler, failed)
