@@ -83,7 +83,10 @@ BROKEN = [
     ),
     ({"iptables.minSyncPeriod": seconds(-1)}, ["iptables.minSyncPeriod: -1s is less than 0"]),
     ({"iptables.minSyncPeriod": seconds(31)}, ["iptables.minSyncPeriod: 31s is greater than syncPeriod, 30s"]),
-    ({"nftables.syncPeriod": seconds(0.5), "nftables.minSyncPeriod": seconds(1)}, ["nftables.minSyncPeriod: 1s is greater than syncPeriod, 500ms"]),
+    (
+        {"nftables.syncPeriod": seconds(0.5), "nftables.minSyncPeriod": seconds(1)},
+        ["nftables.minSyncPeriod: 1s is greater than syncPeriod, 500ms"],
+    ),
     (
         {"ipvs.syncPeriod": seconds(-1), "mode": ProxyMode.IPVS},
         ["ipvs.syncPeriod: -1s is not greater than 0"],
