@@ -39,6 +39,7 @@ class Part(NamedTuple):
 
     reconciler: Reconciler
     kernel: NftablesKernel
+    notes: list[str]
 
     @property
     def in_step(self) -> bool:
@@ -68,10 +69,11 @@ def part(
 ) -> Part:
     """State with these objects, and what brings it to the kernel of a namespace. The caller closes the kernel."""
     kernel = netns.run(NftablesKernel, tuple(Family), features)
-    state = ClusterState(NODE, note=lambda text: None)
+    notes: list[str] = []
+    state = ClusterState(NODE, note=notes.append)
     for kind in KINDS:
         state.apply(Listed(kind, frozenset()))
-    made = Part(Reconciler(state, dataplane(kernel), FACTS), kernel)
+    made = Part(Reconciler(state, dataplane(kernel), FACTS), kernel, notes)
     made.put(*objects)
     return made
 

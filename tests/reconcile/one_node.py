@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from tests.lab.apiserver import ApiServer
 from tests.lab.host import Host
+from tests.lab.namespaces import Namespace
 from tests.lab.proxy_process import ProxyProcess, kproxy_command, kproxy_environment
 from tests.reconcile.objects import NODE, Object, node
 
@@ -96,11 +97,8 @@ class OneNode:
         return self.nft("list ruleset")
 
     def generation(self) -> int:
-        """The number of changes that nf_tables has seen in the namespace."""
-        with self.host.namespace.run(socket.socket, socket.AF_NETLINK, socket.SOCK_RAW, _NFNETLINK) as netlink:
-            netlink.send(struct.pack("=IHHIIBBH", 20, _GET_GENERATION, 1, 1, 0, 0, 0, 0))
-            answer = netlink.recv(4096)
-        return struct.unpack_from(">I", answer, 24)[0]
+        """How many transactions nf_tables has committed on the node."""
+        return generation(self.host.namespace)
 
     def manifests(self, *objects: Object, name: str = "cluster.yaml") -> Path:
         """A file with these objects."""
@@ -113,3 +111,11 @@ class OneNode:
     def events(self, reason: str) -> list[Object]:
         """Events of a reason that proxies have written."""
         return [event for event in self.api.objects("Event") if event["reason"] == reason]
+
+
+def generation(namespace: Namespace) -> int:
+    """The number of transactions that nf_tables has committed in a namespace."""
+    with namespace.run(socket.socket, socket.AF_NETLINK, socket.SOCK_RAW, _NFNETLINK) as netlink:
+        netlink.send(struct.pack("=IHHIIBBH", 20, _GET_GENERATION, 1, 1, 0, 0, 0, 0))
+        answer = netlink.recv(4096)
+    return struct.unpack_from(">I", answer, 24)[0]
