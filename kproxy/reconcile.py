@@ -287,8 +287,15 @@ class Reconciler:
             if base:
                 if not services:
                     raise
+                # What is nobody's any more may be in use until the last Service has changed: a chain, say.
+                shared = {key: value for key, value in self._orphans.items() if self._dataplane.is_shared(key)}
+                self._orphans = {key: value for key, value in self._orphans.items() if key not in shared}
+                try:
+                    self._install([], {}, report, base=True, split=True)
+                    self._install(services, rendered, report, base=False, split=True)
+                finally:
+                    self._orphans |= shared
                 self._install([], {}, report, base=True, split=True)
-                self._install(services, rendered, report, base=False, split=True)
             elif len(services) == 1:
                 self._refuse(services[0], str(error), report)
             else:

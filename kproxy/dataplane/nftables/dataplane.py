@@ -11,7 +11,6 @@ from kproxy.dataplane.nftables.containers import CONTAINERS, container
 from kproxy.dataplane.nftables.describe import describe
 from kproxy.dataplane.nftables.kernel import NftablesKernel
 from kproxy.dataplane.nftables.render import render_route
-from kproxy.dataplane.nftables.ruleset import ChainKey
 from kproxy.model import Family, NodeFacts, Route, ServiceName
 
 SLOT_LENGTH = 4
@@ -41,7 +40,8 @@ class NftablesDataplane:
 
     def is_shared(self, key: Key) -> bool:
         """See `kproxy.dataplane.base.Dataplane`."""
-        return key[0] in _SHARED_CONTAINERS if isinstance(key, bytes) else isinstance(key, ChainKey)
+        # Tables, sets and chains are nobody's alone: something may still refer to one when a Service gives it up.
+        return not isinstance(key, bytes) or key[0] in _SHARED_CONTAINERS
 
     def read(self) -> Entries:
         """See `kproxy.dataplane.base.Dataplane`."""

@@ -1,0 +1,69 @@
+"""What goes into the kernel in parts, since the whole was refused, is complete in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kproxy.dataplane.base import ApplyError, Change
+from kproxy.model import Family
+from tests.lab import scenario as scenarios
+from tests.lab.packets import Lab
+from tests.lab.scenario import Objects
+from tests.oracle.rig import Rig
+from tests.oracle.unreliable import Unreliable
+from tests.oracle.worlds import PRIMARY
+
+CONFIG = {"mode": "nftables", "hostnameOverride": scenarios.NODE_NAME}
+
+
+class RefusesOnce(Unreliable):
+    """Refuses the first transaction, and does not say which part of it."""
+
+    def apply(self, changes: Iterable[Change]) -> None:
+        if not self.refused:
+            self.refused += 1
+            raise ApplyError("the test refuses")
+        super().apply(changes)
+
+
+def sticky_for(seconds: int) -> Objects:
+    affinity = {"sessionAffinity": "ClientIP", "sessionAffinityConfig": {"clientIP": {"timeoutSeconds": seconds}}}
+    return Objects(
+        node={"addresses": [PRIMARY]},
+        services={"a": {"clusterIP": "172.30.0.11", "ports": [{"name": "http", "port": 80}], **affinity}},
+        slices={"a-1": {"service": "a", "ports": [{"name": "http", "port": 8080}], "endpoints": ["10.0.1.1"]}},
+    )
+
+
+def test_a_chain_that_is_in_use_until_the_last_part_goes_too(node_lab: Lab) -> None:
+    """The chain for the old timeout is nobody's when the proxy starts, but the Service's elements lead to it."""
+    start(Rig(node_lab.netns, CONFIG), sticky_for(600)).close()
+    again = start(refused_once(node_lab), sticky_for(1200))
+    assert again.plan() == []
+    assert again.misplaced() == []
+    again.close()
+
+
+def test_what_strangers_left_in_our_tables_goes_too(node_lab: Lab) -> None:
+    start(Rig(node_lab.netns, CONFIG, shared_tables=True), sticky_for(600)).close()
+    for command in (
+        "add set ip kproxy extra { type ipv4_addr; }",
+        "add chain ip kproxy extra",
+        "add rule ip kproxy extra ip saddr @extra drop",
+        "add element ip kproxy cluster-ips { 198.51.100.81 }",
+    ):
+        node_lab.netns.command("nft", command)
+    again = start(refused_once(node_lab, shared_tables=True), sticky_for(600))
+    assert again.plan() == []
+    assert again.misplaced() == []
+    again.close()
+
+
+def refused_once(lab: Lab, *, shared_tables: bool = False) -> Rig:
+    return Rig(lab.netns, CONFIG, shared_tables=shared_tables, wrap=lambda real: RefusesOnce(real, 0.0, seed=0))
+
+
+def start(rig: Rig, world: Objects) -> Rig:
+    rig.apply([*scenarios.surroundings(world), *scenarios.items(world, Family.IPv4)])
+    rig.sync()
+    return rig
