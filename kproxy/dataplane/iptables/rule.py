@@ -222,5 +222,10 @@ class OpaqueRule(msgspec.Struct, frozen=True, gc=False):
 AnyRule = Rule | OpaqueRule
 
 
+def probability(count: int) -> int:
+    """The chance of one in `count`, in 2**-31, as it comes out when given with kube-proxy's ten digits."""
+    return round(float(f"{1 / count:.10f}") * PROBABILITY_ONE)
+
+
 def _quoted(text: str) -> str:
     return text if _UNQUOTED.fullmatch(text) else '"' + _ESCAPED.sub(r"\\\1", text) + '"'
