@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -30,6 +31,7 @@ from tests.lab.endpoints import EndpointSliceController
 from tests.lab.host import Host
 from tests.lab.pod_server import PodServer
 from tests.lab.proxy_process import HEALTHZ_PORT, METRICS_PORT, ProxyProcess, kproxy_command, kproxy_environment
+from tests.lab.waiting import eventually
 
 CLUSTER_CIDR = "10.244.0.0/16,fd00:244::/32"
 SERVICE_CIDRS = ("10.96.0.0/16", "fd00:96::/112")
@@ -197,6 +199,9 @@ class Cluster:
         pod = Pod(name, node, labels or {}, next(node.pod_numbers))
         self.pods.append(pod)
         pod.serve(says or f"This is {name}.", tcp, udp)
+        for port in tcp[:1]:  # a readiness probe: a link that has just come up may lose its first packets
+            for address in (pod.ipv4, pod.ipv6):
+                eventually(partial(_answers, node, address, port), f"pod {name} answers its node at {address}")
         pod.ready, pod.port_names = ready, port_names or {}
         self._controller.sync()
         return pod
@@ -333,3 +338,8 @@ def _remove_leftovers() -> None:
     for directory in Path(tempfile.gettempdir()).glob(f"{_DIRECTORY}*-*"):
         if not Path("/proc", directory.name.split("-")[2]).exists():
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def _answers(node: Node, address: str, port: int) -> bool:
+    with node.connect(address, port, timeout=0.2):
+        return True

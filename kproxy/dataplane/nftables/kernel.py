@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NoReturn, Self
 
@@ -33,7 +35,7 @@ from kproxy.model import Family
 from kproxy.netlink import DumpInterruptedError
 
 COUNTED_ENDPOINTS = 20_000
-_READ_ATTEMPTS = 20
+_READ_SECONDS = 10.0
 _COUNTED_ATTEMPTS = 3  # before a set's own count of its elements (since Linux 6.16) is doubted instead of the dump
 _EXPIRY_ATTEMPTS = 5
 _FRAME_BYTES = 24  # headers and padding of a message, at most
@@ -120,7 +122,7 @@ class NftablesKernel:
         Where our table is there but is not one that changes can turn into ours, it is all there is: a `Table` with the
         fault, so that everything is written into a new one.
         """
-        for attempt in range(_READ_ATTEMPTS):
+        for attempt in _attempts():
             generation = self._generation()
             try:
                 entries = self._read_once(counted=attempt < _COUNTED_ATTEMPTS)
@@ -225,7 +227,7 @@ class NftablesKernel:
     def affinity(self, family: Family) -> dict[bytes, bytes]:
         """Which endpoint each client of sticky services got: key of the element → address and port. Raises OSError."""
         learned = container(family, "affinity")
-        for _ in range(_READ_ATTEMPTS):
+        for _ in _attempts():
             found: dict[bytes, bytes] = {}
             try:
                 for elements in self._dump_elements(learned):
@@ -340,6 +342,15 @@ class NftablesKernel:
             self._transact([step for step in steps if step.keys not in busy])
             return
         _refuse(errors, steps)
+
+
+def _attempts() -> Iterator[int]:
+    """Numbers, for as long as it makes sense to try again."""
+    deadline = time.monotonic() + _READ_SECONDS
+    for attempt in itertools.count():
+        yield attempt
+        if time.monotonic() > deadline:
+            return
 
 
 class _Expired(Exception):  # noqa: N818 - not an error: try again
