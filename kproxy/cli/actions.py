@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import structlog
 
 from kproxy import sysctl
@@ -46,9 +48,11 @@ def sync_once(invocation: Invocation) -> int:
     parts = machine(invocation, writes=True)
     gather(parts, source(invocation)[0])
     cleaned = Cleaned(parts.reconciler, local_addresses, None)
+    started = time.monotonic()
     report = parts.reconciler.sync()
+    seconds = time.monotonic() - started
     for observer in (Logged(), cleaned):
-        observer.sync_done(report, 0.0)
+        observer.sync_done(report, seconds)
     cleaned.clean_now()
     return 1 if parts.reconciler.quarantine else 0
 
@@ -97,17 +101,38 @@ def explain_packet(invocation: Invocation) -> int:
 
 
 def _packet(operands: tuple[str, ...]) -> Packet:
+    form = "explain SOURCE DESTINATION:PORT[/PROTOCOL] [INTERFACE]"
+    if not 2 <= len(operands) <= 3:
+        raise UsageError([f"expected {form}, for instance explain 10.244.1.7 10.96.0.10:53/UDP"])
+    source_text, target, *interface = operands
+    where, _, protocol = target.partition("/")
+    address, _, port = where.rpartition(":")
+    if not address:
+        raise UsageError([f"expected {form}: {where!r} has no port"])
     try:
-        source_text, target, *interface = operands
-        target, _, protocol = target.partition("/")
-        address, _, port = target.rpartition(":")
-        return Packet(
-            canonical_address(source_text),
-            canonical_address(address.strip("[]")),
-            int(port),
-            Protocol(protocol.upper() or "TCP"),
-            *interface,
-        )
-    except (ValueError, TypeError) as error:
-        problem = f"explain wants SOURCE DESTINATION:PORT[/PROTOCOL] [INTERFACE]: {error}"
-        raise UsageError([problem]) from error
+        packet = Packet(_address(source_text), _address(address), _port(port), _protocol(protocol), *interface)
+    except ValueError as error:
+        raise UsageError([f"expected {form}: {error}"]) from error
+    if Family.of(packet.source) is not packet.family:
+        raise UsageError([f"explain: {packet.source} and {packet.destination} are not of one family"])
+    return packet
+
+
+def _address(text: str) -> str:
+    try:
+        return canonical_address(text.removeprefix("[").removesuffix("]"))
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not an IP address") from error
+
+
+def _port(text: str) -> int:
+    if text.isascii() and text.isdigit() and 0 < int(text) < 1 << 16:
+        return int(text)
+    raise ValueError(f"{text!r} is not a port number")
+
+
+def _protocol(text: str) -> Protocol:
+    try:
+        return Protocol(text.upper() or "TCP")
+    except ValueError as error:
+        raise ValueError(f"{text!r} is none of {', '.join(Protocol)}") from error
