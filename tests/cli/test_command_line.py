@@ -13,7 +13,7 @@ import pytest
 import kproxy
 from tests.lab.apiserver_faults import OnRequest
 from tests.lab.proxy_process import kproxy_command, kproxy_environment
-from tests.reconcile.objects import WEB_IP, endpoints, node, port, refused, service, web
+from tests.reconcile.objects import WEB_IP, endpoints, port, refused, service, web
 from tests.reconcile.one_node import OneNode
 
 NOWHERE = "--master=http://127.0.0.1:1"
@@ -61,14 +61,14 @@ def run(*flags: str) -> subprocess.CompletedProcess[str]:
 
 def test_everything_that_is_wrong_with_manifests_is_named(here: OneNode):
     broken = service("web", WEB_IP, ports=[port(80) | {"port": "eighty"}])
-    path = here.manifests(node(), broken, endpoints("web", "10.0.0.300"))
+    path = here.manifests(broken, endpoints("web", "10.0.0.300"))
     before = here.generation()
 
     done = here.kproxy("--dry-run", f"--manifests={path}")
 
     assert (done.returncode, done.stdout) == (2, "")
-    assert "document 2 (Service default/web): spec.ports[0].port: Expected" in done.stderr
-    assert "document 3 (EndpointSlice default/web-1): endpoints[0].addresses[0]: Expected an IP address" in done.stderr
+    assert "document 1 (Service default/web): spec.ports[0].port: Expected" in done.stderr
+    assert "document 2 (EndpointSlice default/web-1): endpoints[0].addresses[0]: Expected an IP address" in done.stderr
     for line in done.stderr.splitlines():
         assert str(path) in line
     assert here.kproxy("--once", f"--manifests={path}").returncode == 1

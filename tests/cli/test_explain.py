@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab.cluster_objects import load_balancer
-from tests.reconcile.objects import endpoints, node, port, service, sticky, web
+from tests.reconcile.objects import endpoints, port, service, sticky, web
 from tests.reconcile.one_node import OneNode
 
 POD, CLIENT = "10.0.0.9", "203.0.113.1"
@@ -36,7 +36,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[OneNode,
                 endpoints("lb", "10.0.0.4"),
                 service("empty", "10.96.0.50"),
                 CIDR,
-                node(),
             ),
         )
 

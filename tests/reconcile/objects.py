@@ -10,6 +10,7 @@ Object = dict[str, Any]
 
 WEB_IP = "10.96.0.10"
 NODE = "here"
+NODE_IPS = ("192.168.0.2", "fd00::c0a8:2")
 DAY = 86400
 
 
@@ -61,13 +62,14 @@ def node(*, pod_cidrs: tuple[str, ...] = (), name: str = NODE) -> Object:
         "kind": "Node",
         "metadata": {"name": name},
         "spec": {"podCIDRs": list(pod_cidrs)},
-        "status": {"addresses": [{"type": "InternalIP", "address": "192.168.0.2"}]},
+        "status": {"addresses": [{"type": "InternalIP", "address": address} for address in NODE_IPS]},
     }
 
 
 __all__ = [
     "DAY",
     "NODE",
+    "NODE_IPS",
     "WEB_IP",
     "Object",
     "endpoints",

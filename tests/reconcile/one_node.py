@@ -16,7 +16,7 @@ from tests.lab.apiserver import ApiServer
 from tests.lab.host import Host
 from tests.lab.namespaces import Namespace
 from tests.lab.proxy_process import ProxyProcess, kproxy_command, kproxy_environment
-from tests.reconcile.objects import NODE, Object, node
+from tests.reconcile.objects import NODE, NODE_IPS, Object, node
 
 _NFNETLINK = 12
 _GET_GENERATION = (10 << 8) | 16  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETGEN
@@ -32,7 +32,7 @@ class OneNode:
         self._closing = ExitStack()
         self.host = Host(NODE)
         self._closing.callback(self.host.close)
-        self.host.configure("addr add 192.168.0.2/32 dev lo")
+        self.host.configure(*(f"addr add {address} dev lo" for address in NODE_IPS))
         self.api = ApiServer(listen=self._listen)
         self.api.put(node())
         self._proxies = 0
@@ -101,11 +101,11 @@ class OneNode:
         return generation(self.host.namespace)
 
     def manifests(self, *objects: Object, name: str = "cluster.yaml") -> Path:
-        """A file with these objects."""
+        """A file with these objects, and the Node."""
         path = self.folder / name
         # In place of the old one at once, as editors and ConfigMap volumes do.
         draft = path.with_suffix(".draft")
-        draft.write_text("\n---\n".join(json.dumps(item) for item in objects))
+        draft.write_text("\n---\n".join(json.dumps(item) for item in (*objects, node())))
         return draft.rename(path)
 
     def events(self, reason: str) -> list[Object]:
