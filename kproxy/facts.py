@@ -10,14 +10,14 @@ from kproxy.config.errors import ConfigError
 from kproxy.config.local_detectors import local_detectors
 from kproxy.config.v1alpha1 import Configuration, ProxyMode
 from kproxy.model import DetectLocalMode, Family, NodeFacts
-from kproxy.node_addresses import is_loopback, matching, node_port_cidrs, primary_node_ips
+from kproxy.node_addresses import is_loopback, matching, node_port_cidrs, node_port_warning, primary_node_ips
 
 
 class Facts:
     """Computes the facts as of now. The configuration is valid and complete, its mode chosen.
 
     In NodeCIDR mode the Node's pod CIDRs are part of every rule: without them there are no facts, and once they are
-    known they must stay (reference: section 1.6).
+    known they must stay (reference: section 1.6). `warn` hears what an administrator may not expect of node ports.
     """
 
     def __init__(
@@ -27,12 +27,15 @@ class Facts:
         families: Sequence[Family],
         state: ClusterState,
         local_addresses: Callable[[], frozenset[str]],
+        warn: Callable[[str], None],
     ) -> None:
         self._configuration = configuration
         self._settings = mode_settings(configuration, mode)
         self._families = tuple(families)
         self._state = state
         self._local_addresses = local_addresses
+        self._warn = warn
+        self._warned = ""
         self._pod_cidrs: tuple[str, ...] = ()
 
     def __call__(self) -> NodeFacts | None:
@@ -51,6 +54,8 @@ class Facts:
         ips = primary_node_ips(reported, self._configuration.bind_address).ips
         addresses = self._local_addresses()
         chosen = node_port_cidrs(self._configuration.node_port_addresses, ips)
+        if self._state.surroundings_listed:
+            self._warn_once(node_port_warning(self._configuration.node_port_addresses, ips, self._families))
         return NodeFacts(
             name=self._state.node_name,
             zone=self._state.zone,
@@ -65,3 +70,8 @@ class Facts:
             masquerade_all=self._settings.masquerade_all,
             masquerade_bit=self._settings.masquerade_bit,
         )
+
+    def _warn_once(self, text: str) -> None:
+        if text and text != self._warned:
+            self._warn(text)
+        self._warned = text

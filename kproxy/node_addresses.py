@@ -108,12 +108,12 @@ def node_port_cidrs(values: Sequence[str], ips: Mapping[Family, str]) -> dict[Fa
 def node_port_warning(values: Sequence[str], ips: Mapping[Family, str], families: Sequence[Family]) -> str:
     """The families that `nodePortAddresses` leaves open on every local address, as a sentence; "" if it asks for that.
 
-    `families` are those that the node serves.
+    `families` are those that the node serves. A node whose primary address is of one family only is nothing unusual.
     """
     if not values:
         return ""
     if list(values) == [PRIMARY]:
-        named = {family for family, address in ips.items() if not is_loopback(address)}
+        named = set(families if any(not is_loopback(address) for address in ips.values()) else ())
     else:
         named = {Family.of(value) for value in values}
     if left_out := [family.name for family in families if family not in named]:

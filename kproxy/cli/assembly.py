@@ -13,7 +13,7 @@ import structlog
 
 from kproxy.api.events import Changed, Event, Listed, Source, Unavailable
 from kproxy.api.objects import KINDS, Kind
-from kproxy.cli.invocation import Invocation
+from kproxy.cli.invocation import Action, Invocation
 from kproxy.cluster import ClusterState
 from kproxy.config.defaults import with_mode
 from kproxy.config.errors import ConfigError
@@ -91,7 +91,8 @@ def machine(
         started=time.time(),
         allow_external_ips=configuration.allow_external_ips,
     )
-    facts = Facts(configuration, mode, families, state, addresses)
+    warn = note if invocation.action is Action.RUN else _ignore
+    facts = Facts(configuration, mode, families, state, addresses, warn)
     dataplane = NftablesDataplane(kernel)
     provisional = facts() or NodeFacts(name=state.node_name, families=families)
     return Machine(
@@ -104,6 +105,10 @@ def machine(
         facts,
         Reconciler(state, dataplane, provisional),
     )
+
+
+def _ignore(_: str) -> None:
+    """For what concerns only a proxy that runs."""
 
 
 def source(

@@ -163,9 +163,7 @@ GROUPS = (
     Group(
         "Mode and masquerading",
         (
-            Flag(
-                "proxy-mode", _one_of(ProxyMode, None), "empty: nftables where the kernel can, else iptables", ("mode",)
-            ),
+            Flag("proxy-mode", _one_of(ProxyMode, None), "empty: nftables (the only one so far)", ("mode",)),
             Flag(
                 "masquerade-all",
                 BOOL,

@@ -74,7 +74,7 @@ class InProcess:
         )
         for kind in KINDS:
             self.state.apply(Listed(kind, frozenset()))
-        self._facts = Facts(self._config, mode, self._families, self.state, local_addresses)
+        self._facts = Facts(self._config, mode, self._families, self.state, local_addresses, print)
         self._resources = ExitStack()
         self._dataplane = netns.run(_open, mode, self._families, self._resources)
         self._started: tuple[Reconciler, Cleaned] | None = None

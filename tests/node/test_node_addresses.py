@@ -91,7 +91,7 @@ def test_what_cannot_be_used_is_refused_by_entry(values: list[str], message: str
     [
         (["10.0.0.0/8"], IPS, BOTH, "names no IPv6 address"),
         (["fd00::/8"], IPS, BOTH, "names no IPv4 address"),
-        (["primary"], {IPV4: "192.168.7.1", IPV6: "::1"}, BOTH, "names no IPv6 address"),
+        (["primary"], {IPV4: "127.0.0.1", IPV6: "::1"}, BOTH, "names no IPv4 and IPv6 address"),
     ],
 )
 def test_node_ports_that_are_open_everywhere_are_worth_a_warning(
@@ -272,3 +272,7 @@ def test_a_monitor_that_has_stopped_is_silent_and_leaves_no_thread(netns: Namesp
     add(netns, "10.1.2.3/24")
     assert announced.empty()
     assert not [thread for thread in threading.enumerate() if thread.name == "addresses"]
+
+
+def test_a_node_of_one_family_is_nothing_unusual():
+    assert node_port_warning(["primary"], {IPV4: "192.168.7.1", IPV6: "::1"}, BOTH) == ""

@@ -48,7 +48,7 @@ class Rig:
         self.state = ClusterState(read.hostname_override, note=_ignore)
         for kind in KINDS:
             self.state.apply(Listed(kind, frozenset()))
-        self._facts = Facts(with_mode(defaulted(read), mode), mode, tuple(Family), self.state, local_addresses)
+        self._facts = Facts(with_mode(defaulted(read), mode), mode, tuple(Family), self.state, local_addresses, print)
         features = WITHOUT_OWNER if shared_tables else None
         self.kernel = netns.run(NftablesKernel, tuple(Family), features)
         nftables = NftablesDataplane(self.kernel)
