@@ -9,6 +9,7 @@ from zlib import crc32
 
 from kproxy.cluster import ClusterState
 from kproxy.model import Family, Protocol
+from kproxy.node_addresses import LOOPBACK
 from kproxy.routing import frontends
 from tests.lab.flows import Flow, Origin
 from tests.oracle.worlds import (
@@ -57,7 +58,7 @@ def probes(state: ClusterState, node_addresses: Collection[str], luck: int) -> l
 
 
 def targets(state: ClusterState, node_addresses: Collection[str]) -> list[Target]:
-    """Where service ports are to be reached: node ports on every address of the node, and on one that is not."""
+    """Where service ports are to be reached: node ports on every address of the node, and where they must not be."""
     return sorted(set(_served(state, node_addresses)))
 
 
@@ -68,7 +69,7 @@ def _served(state: ClusterState, node_addresses: Collection[str]) -> Iterator[Ta
                 if frontend.address:
                     yield frontend.address, frontend.port, frontend.protocol
                 else:
-                    for address in (*node_addresses, in_family(NOBODY, port.family)):
+                    for address in (*node_addresses, LOOPBACK[port.family], in_family(NOBODY, port.family)):
                         if Family.of(address) is port.family:
                             yield address, frontend.port, frontend.protocol
 
@@ -76,6 +77,9 @@ def _served(state: ClusterState, node_addresses: Collection[str]) -> Iterator[Ta
 def towards(target: Target, sources: Iterable[str], node_addresses: Collection[str]) -> Iterator[Flow]:
     """Flows to a target from each of the sources (IPv4 addresses, or their twins), from where that one is."""
     family = Family.of(target[0])
+    if target[0] == LOOPBACK[family]:
+        yield Flow(Origin.NODE, target[0], *target)
+        return
     for source in sources:
         address = in_family(source, family)
         if address in node_addresses:

@@ -14,6 +14,7 @@ def examples(usual: int) -> settings:
         derandomize=True,
         deadline=None,
         database=None,
+        report_multiple_bugs=False,
         phases=(Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )

@@ -25,7 +25,7 @@ CONNECTIONS = 3
 Target = tuple[str, int]
 
 
-@examples(25)
+@examples(40)
 @given(history=sticky_histories(steps=6))
 def test_clients_stay_while_they_can(node_lab: Lab, history: History) -> None:
     with Story(node_lab, history) as story:

@@ -10,7 +10,7 @@ from tests.oracle.story import Story
 from tests.oracle.worlds import History, histories
 
 
-@examples(40)
+@examples(80)
 @given(history=histories(steps=4))
 def test_packets_fare_as_explained(node_lab: Lab, history: History) -> None:
     with Story(node_lab, history) as story:
@@ -20,7 +20,7 @@ def test_packets_fare_as_explained(node_lab: Lab, history: History) -> None:
             assert story.complaints() == [], f"after step {number}"
 
 
-@examples(15)
+@examples(40)
 @given(history=histories(steps=5))
 def test_what_is_refused_now_and_then_gets_there_all_the_same(node_lab: Lab, history: History) -> None:
     with Story(node_lab, history, faults=0.1) as story:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from ipaddress import IPv6Address
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 from hypothesis import strategies as st
 
 from kproxy.model import Family, Protocol
 from tests.lab.scenario import NODE_NAME, Objects
+
+T = TypeVar("T")
 
 V4, V6 = Family.IPv4, Family.IPv6
 
@@ -99,14 +101,11 @@ class History(NamedTuple):
 
     def __repr__(self) -> str:
         """As a scenario of a scenario file; drift stands in the text."""
-        steps = [
-            {
-                "when": f"somebody else changes the kernel ({step.drift})" if step.drift else "it changes",
-                "restart": step.restart,
-                "changes": _without_empty(step.changes),
-            }
-            for step in self.steps
-        ]
+        steps = []
+        for step in self.steps:
+            when = f"somebody else changes the kernel ({step.drift})" if step.drift else "it changes"
+            again = {"restart": True} if step.restart else {}
+            steps.append({"when": when, **again, "changes": _without_empty(step.changes)})
         story = {"name": "?", "families": ["IPv4"], "given": _without_empty(self.given), "steps": steps}
         return f"luck {self.luck}\n" + yaml.dump(
             [story], Dumper=_Plain, sort_keys=False, default_flow_style=None, width=120
@@ -115,7 +114,7 @@ class History(NamedTuple):
 
 def histories(steps: int) -> st.SearchStrategy[History]:
     """Histories of at most so many steps."""
-    return _history(_worlds(), st.lists(_steps(), min_size=steps // 2, max_size=steps))
+    return _history(_worlds(), _list(_steps(), at_most=steps))
 
 
 def sticky_histories(steps: int) -> st.SearchStrategy[History]:
@@ -133,7 +132,7 @@ def sticky_histories(steps: int) -> st.SearchStrategy[History]:
         slices=st.fixed_dictionaries(_all_slices(("a", "b"))),
     )
     step = _step(changes=changes, restart=st.sampled_from((False, False, False, False, True)))
-    return _history(worlds, st.lists(step, min_size=1, max_size=steps))
+    return _history(worlds, _list(step, at_most=steps))
 
 
 @st.composite
@@ -155,8 +154,8 @@ def _worlds() -> st.SearchStrategy[Objects]:
     return _objects(
         config=_configs(),
         node=_nodes(),
-        services=_some(_all_services(), at_least=2, at_most=3),
-        slices=_some(_all_slices(), at_least=3, at_most=8),
+        services=_some(_all_services(), at_most=3),
+        slices=_some(_all_slices(), at_most=8),
         service_cidrs=_service_cidrs(),
     )
 
@@ -285,7 +284,7 @@ def _slices(draw: st.DrawFn, service: str, family: Family) -> dict[str, Any]:
         if draw(st.integers(0, 3)):
             ports.append({"name": name, "protocol": str(protocol), "port": draw(st.sampled_from(numbers))})
     hint_everyone = draw(st.sampled_from((None, None, "forZones", "forNodes", "some")))
-    endpoints = draw(st.lists(_endpoints(family, hint_everyone), min_size=2, max_size=6))
+    endpoints = draw(_list(_endpoints(family, hint_everyone), at_most=6))
     return {"service": service, "addressType": family.name, "ports": ports, "endpoints": endpoints}
 
 
@@ -337,15 +336,19 @@ def _addresses(pool: tuple[str, ...]) -> st.SearchStrategy[list[str]]:
     return st.lists(_address(pool), max_size=3, unique=True)
 
 
-def _some(
-    named: Mapping[str, st.SearchStrategy[Any]], *, at_least: int = 0, at_most: int
-) -> st.SearchStrategy[dict[str, Any]]:
+def _list(members: st.SearchStrategy[T], *, at_most: int, unique: bool = False) -> st.SearchStrategy[list[T]]:
+    """Lists of every length alike: hypothesis's own are mostly short."""
+    lengths = st.integers(min_value=0, max_value=at_most)
+    return lengths.flatmap(lambda length: st.lists(members, min_size=length, max_size=length, unique=unique))
+
+
+def _some(named: Mapping[str, st.SearchStrategy[Any]], *, at_most: int) -> st.SearchStrategy[dict[str, Any]]:
     """A few of them, by name."""
 
     def chosen(names: list[str]) -> st.SearchStrategy[dict[str, Any]]:
         return st.fixed_dictionaries({name: named[name] for name in sorted(names)})
 
-    return st.lists(st.sampled_from(tuple(named)), unique=True, min_size=at_least, max_size=at_most).flatmap(chosen)
+    return _list(st.sampled_from(tuple(named)), at_most=at_most, unique=True).flatmap(chosen)
 
 
 def _without_empty(objects: Objects) -> dict[str, Any]:
