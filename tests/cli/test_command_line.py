@@ -13,7 +13,7 @@ import pytest
 import kproxy
 from tests.lab.apiserver_faults import OnRequest
 from tests.lab.proxy_process import kproxy_command, kproxy_environment
-from tests.reconcile.objects import WEB_IP, endpoints, port, refused, service, web
+from tests.reconcile.objects import WEB_IP, endpoints, port, refused, service, services, web
 from tests.reconcile.one_node import OneNode
 
 NOWHERE = "--master=http://127.0.0.1:1"
@@ -124,13 +124,14 @@ def test_the_objects_come_from_the_api_server(here: OneNode):
 # Output
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(here: OneNode):
-    path = here.manifests(*web())
+@pytest.mark.parametrize("reader", ["head -n 1", "true"])
+def test_a_reader_that_has_seen_enough_is_no_error(here: OneNode, reader: str):
+    path = here.manifests(*web(), *services(300))  # more than a pipe holds
     for flags in (["--dry-run", f"--manifests={path}"], ["--help"]):
-        script = '"$@" | head -n 1'
+        script = f'{{ "$@"; echo "exit $?" >&2; }} | {reader}'
         done = here.kproxy(*flags, through=("bash", "-c", script, "bash"))
-        assert done.stdout.count("\n") == 1
-        assert done.stderr == ""
+        assert done.stdout.count("\n") == (reader != "true")
+        assert re.fullmatch(r"exit [012]\n", done.stderr)
 
 
 def test_write_config_to_writes_the_whole_configuration_and_leaves_the_kernel_alone(here: OneNode):
