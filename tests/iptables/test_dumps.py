@@ -18,6 +18,7 @@ from kproxy.dataplane.iptables.render import render_route
 from kproxy.dataplane.iptables.rule import AnyRule, Dnat, OpaqueRule
 from kproxy.model import Family, LocalDetector, NodeFacts
 from tests.conformance import recorded
+from tests.iptables.nfacct import make_counters
 from tests.iptables.tables import laid_out, read_tables, restore_text
 from tests.lab.namespaces import Namespace
 
@@ -193,9 +194,10 @@ def test_what_stays_after_clean_up(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("variant", ["legacy", "nft"])
 def test_the_kernel_gives_back_every_recorded_rule(variant: str, netns: Namespace) -> None:
     """All steps, one after the other, through the real tools: what is saved is what was written, letter for letter."""
+    make_counters(netns)
     seen: set[str] = set()
     for scenario in DUMPS["scenarios"]:
-        given = Scenario(scenario["config"] | {"nfacct_counters": []})
+        given = Scenario(scenario["config"])
         for step in scenario["steps"]:
             given.advance(step)
             entries = given.entries()

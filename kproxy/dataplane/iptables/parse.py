@@ -10,6 +10,7 @@ import re
 from ipaddress import ip_network
 
 from kproxy.dataplane.iptables.rule import (
+    ALL_BITS,
     PROBABILITY_ONE,
     AddressType,
     AnyRule,
@@ -37,11 +38,10 @@ from kproxy.model import Family
 HOST_MASK = {Family.IPv4: "255.255.255.255", Family.IPv6: ":".join(["ffff"] * 8)}
 REJECT_REPLY = {Family.IPv4: "icmp-port-unreachable", Family.IPv6: "icmp6-port-unreachable"}
 TRANSPORTS = {"tcp": "tcp", "udp": "udp", "sctp": "sctp", "6": "tcp", "17": "udp", "132": "sctp"}
-ALL_BITS = 0xFFFFFFFF
 
 _TOKEN = re.compile(r'"((?:[^"\\]|\\.)*)"|(\S+)')
 _ESCAPE = re.compile(r"\\(.)")
-_PLAIN_CHAIN = re.compile(r"KUBE-[A-Z0-9-]+|ACCEPT|DROP|RETURN")
+_PLAIN_TARGET = re.compile(r"KUBE-[A-Z0-9-]+|ACCEPT|DROP|RETURN")
 
 # The match that an option belongs to. (--dport is the transport protocol's.)
 _OPTIONS: dict[str, str] = {
@@ -61,14 +61,7 @@ _OPTIONS: dict[str, str] = {
     "--rsource": "recent",
     "--nfacct-name": "nfacct",
 }
-_TARGET_OPTIONS = {
-    "--to-destination",
-    "--set-xmark",
-    "--or-mark",
-    "--xor-mark",
-    "--random-fully",
-    "--reject-with",
-}
+_TARGET_OPTIONS = {"--to-destination", "--set-xmark", "--or-mark", "--xor-mark", "--random-fully", "--reject-with"}
 _FLAGS = {"--set", "--rcheck", "--reap", "--rsource", "--random-fully"}
 
 _Options = dict[str, str]
@@ -125,88 +118,102 @@ class _Parser:
                 matches.append((value, latest[value]))
             elif word == "-j" and not target:
                 target = value
-            elif word in _TARGET_OPTIONS and not inverted:
+            elif word in _TARGET_OPTIONS and word not in target_options and not inverted:
                 target_options[word] = value
             else:
                 option = f"! {word}" if inverted else word
-                owner = protocol or matches[-1][0] if word == "--dport" else _OPTIONS[word]
+                owner = (protocol or matches[-1][0]) if word == "--dport" else _OPTIONS[word]
                 if option in latest[owner]:
                     raise _UnknownError
                 latest[owner][option] = value
             inverted = False
         if inverted:
             raise _UnknownError
-        return Rule(
-            tuple(self._match(name, options, protocol) for name, options in matches),
+        rule = Rule(
+            tuple([self._match(name, options, protocol) for name, options in matches]),
             self._target(target, target_options),
             protocol,
             networks.get("-s"),
             networks.get("-d"),
             interface,
         )
+        if target_options or any(options for _, options in matches):
+            raise _UnknownError
+        return rule
 
     def _network(self, text: str, inverted: bool) -> Network:
-        address, _, length = text.partition("/")
-        if "/" not in text:
-            text = f"{address}/{self.family.bits}"
-        elif int(length) != self.family.bits:
-            text = str(ip_network(text))
-        return Network(text, inverted)
+        address, _, prefix = text.partition("/")
+        bits = self.family.bits
+        length = int(prefix or bits)
+        # The C library writes some IPv6 addresses with dots.
+        if length != bits or (bits == Family.IPv6.bits and "." in address):
+            return Network(str(ip_network(f"{address}/{length}")), inverted)
+        return Network(f"{address}/{bits}", inverted)
 
     def _match(self, name: str, options: _Options, protocol: str) -> Match:
-        match name, *options.items():
-            case "comment", ("--comment", text):
-                return Comment(text)
-            case "conntrack", ("--ctstate" | "! --ctstate" as option, states):
-                return Conntrack(states, option.startswith("!"))
-            case "addrtype", ("--src-type", kind):
-                return AddressType(source=kind)
-            case "addrtype", ("--dst-type", kind):
-                return AddressType(destination=kind)
-            case "mark", ("--mark" | "! --mark" as option, mark):
-                return MarkMatch(*_value_and_mask(mark), option.startswith("!"))
-            case "statistic", ("--mode", "random"), ("--probability", probability):
-                return Statistic(round(float(probability) * PROBABILITY_ONE))
-            case "recent", *_:
+        """The match; takes the options that it has from `options`."""
+        match name:
+            case "comment":
+                return Comment(options.pop("--comment"))
+            case "tcp" | "udp" | "sctp" if name == protocol:
+                return Transport(name, _positive(options.pop("--dport")) if "--dport" in options else 0)
+            case "statistic" if options.pop("--mode") == "random":
+                return Statistic(round(float(options.pop("--probability")) * PROBABILITY_ONE))
+            case "recent":
                 return self._recent(options)
-            case "nfacct", ("--nfacct-name", counter):
-                return Nfacct(counter)
-            case _ if name == protocol and not options.keys() - {"--dport"}:
-                return Transport(name, int(options.get("--dport", 0)))
-        raise _UnknownError
+            case "conntrack":
+                inverted = "! --ctstate" in options
+                return Conntrack(options.pop("! --ctstate" if inverted else "--ctstate"), inverted)
+            case "addrtype":
+                return AddressType(options.pop("--src-type", ""), options.pop("--dst-type", ""))
+            case "mark":
+                inverted = "! --mark" in options
+                value, mask = _value_and_mask(options.pop("! --mark" if inverted else "--mark"))
+                return MarkMatch(value, mask, inverted)
+            case "nfacct":
+                return Nfacct(options.pop("--nfacct-name"))
+            case _:
+                raise _UnknownError
 
     def _recent(self, options: _Options) -> Recent:
-        name, mask = options.pop("--name"), options.pop("--mask", HOST_MASK[self.family])
         options.pop("--rsource", None)
-        if options.keys() == {"--set"}:
+        name, mask = options.pop("--name"), options.pop("--mask", HOST_MASK[self.family])
+        if "--set" in options:
+            options.pop("--set")
             return Recent(name, mask)
-        if options.keys() == {"--rcheck", "--seconds", "--reap"} and int(options["--seconds"]) > 0:
-            return Recent(name, mask, int(options["--seconds"]))
-        raise _UnknownError
+        options.pop("--rcheck")
+        options.pop("--reap")
+        return Recent(name, mask, _positive(options.pop("--seconds")))
 
     def _target(self, name: str, options: _Options) -> Target | None:
-        match name, *options.items():
-            case ("",):
+        """The target; takes the options that it has from `options`."""
+        match name:
+            case "":
                 return None
-            case "DNAT", ("--to-destination", destination):
-                return Dnat(destination)
-            case "MARK", ("--set-xmark", mark):
-                return SetMark(*_value_and_mask(mark))
-            case "MARK", ("--or-mark", mark):
-                return SetMark(int(mark, 0), int(mark, 0))
-            case "MARK", ("--xor-mark", mark):
-                return SetMark(int(mark, 0), 0)
-            case ("MASQUERADE",):
-                return Masquerade()
-            case "MASQUERADE", ("--random-fully", _):
-                return Masquerade(random_fully=True)
-            case ("REJECT",):
-                return Reject(REJECT_REPLY[self.family])
-            case "REJECT", ("--reject-with", reply):
-                return Reject(reply)
-            case _ if not options and _PLAIN_CHAIN.fullmatch(name):
+            case "DNAT":
+                return Dnat(options.pop("--to-destination"))
+            case "MARK" if "--or-mark" in options:
+                bits = int(options.pop("--or-mark"), 0)
+                return SetMark(bits, bits)
+            case "MARK" if "--xor-mark" in options:
+                return SetMark(int(options.pop("--xor-mark"), 0), 0)
+            case "MARK":
+                return SetMark(*_value_and_mask(options.pop("--set-xmark")))
+            case "MASQUERADE":
+                return Masquerade(options.pop("--random-fully", None) is not None)
+            case "REJECT":
+                return Reject(options.pop("--reject-with", REJECT_REPLY[self.family]))
+            case _ if _PLAIN_TARGET.fullmatch(name):
                 return Jump(name)
+            case _:
+                raise _UnknownError
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number <= 0:
         raise _UnknownError
+    return number
 
 
 def _value_and_mask(text: str) -> tuple[int, int]:

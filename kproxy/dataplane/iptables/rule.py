@@ -15,6 +15,7 @@ import msgspec
 _UNQUOTED = re.compile(r"[A-Za-z0-9_-]+")
 _ESCAPED = re.compile(r"""(["'\\])""")
 PROBABILITY_ONE = 1 << 31
+ALL_BITS = 0xFFFFFFFF
 
 
 class Network(msgspec.Struct, frozen=True, gc=False):
@@ -70,7 +71,8 @@ class MarkMatch(msgspec.Struct, frozen=True, gc=False):
     inverted: bool = False
 
     def __str__(self) -> str:
-        return f"-m mark {'! ' if self.inverted else ''}--mark {self.value:#x}/{self.mask:#x}"
+        mask = "" if self.mask == ALL_BITS else f"/{self.mask:#x}"
+        return f"-m mark {'! ' if self.inverted else ''}--mark {self.value:#x}{mask}"
 
 
 class Statistic(msgspec.Struct, frozen=True, gc=False):
@@ -103,7 +105,7 @@ class Nfacct(msgspec.Struct, frozen=True, gc=False):
     name: str
 
     def __str__(self) -> str:
-        return f"-m nfacct --nfacct-name {self.name}"
+        return f"-m nfacct --nfacct-name  {self.name}"  # iptables-save has two blanks here
 
 
 class Transport(msgspec.Struct, frozen=True, gc=False):
