@@ -48,7 +48,7 @@ class SyncReport(msgspec.Struct):
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """What a sync would change for one Service; None: in what several or all of them share."""
+    """What a sync would change for one Service; None, which comes last: in what several or all of them share."""
 
     service: ServiceName | None
     changes: list[Change]
@@ -125,16 +125,23 @@ class Reconciler:
         trial = Reconciler(self.state, self._dataplane, self.facts)
         rendered = trial._adopt(self._dataplane.read())
         labels = self._dataplane.labels(trial._orphans)
-        by_service: defaultdict[ServiceName | None, list[Change]] = defaultdict(list)
+        by_service: defaultdict[ServiceName, list[Change]] = defaultdict(list)
+        shared: defaultdict[Key, list[tuple[ServiceName, Change]]] = defaultdict(list)
         for service, wanted in rendered.items():
             for change in diff(wanted.entries, trial._owned.get(service, {})):
-                by_service[None if self._dataplane.is_shared(change.key) else service].append(change)
+                if self._dataplane.is_shared(change.key):
+                    shared[change.key].append((service, change))
+                else:
+                    by_service[service].append(change)
+        common = diff(self._fixed, trial._base)
+        for lacking in shared.values():
+            service, change = lacking[0]
+            (by_service[service] if len(lacking) == 1 else common).append(change)
         for key, value in trial._orphans.items():
-            by_service[labels.get(key)].append(Change(key, value, None))
-        shared = {change.key: change for change in by_service.pop(None, [])}  # several Services may lack the same
-        fixed = [*diff(self._fixed, trial._base), *shared.values()]
-        differences = [Difference(service, changes) for service, changes in sorted(by_service.items()) if service]
-        return [Difference(None, fixed), *differences] if fixed else differences
+            label = labels.get(key)
+            (by_service[label] if label else common).append(Change(key, value, None))
+        differences = [Difference(service, changes) for service, changes in sorted(by_service.items())]
+        return [*differences, Difference(None, common)] if common else differences
 
     def sync(self) -> SyncReport:
         """Bring the kernel up to date. Raises ApplyError (nothing forgotten: call again) and OSError."""

@@ -50,12 +50,13 @@ def test_on_an_empty_kernel_everything_is_to_be_added_and_nothing_is(here: OneNo
     assert (done.returncode, done.stderr) == (1, "")
     assert re.match(r"nftables mode, node here: \d+ to add, 0 to remove, 0 to change \(2 Services\)\n", done.stdout)
     shown = changes(done.stdout)
-    assert list(shown) == ["For all Services", "Service default/shop", "Service default/web"]
+    assert list(shown) == ["Service default/shop", "Service default/web", "For all Services"]
     assert "+ table ip kproxy" in shown["For all Services"]
     assert shown["Service default/web"] == [
         "+ ip map endpoints: 10.96.0.10 . tcp . 80 . slot 0 → 10.0.0.1:8080",
         "+ ip map endpoints: 10.96.0.10 . tcp . 80 . slot 1 → 10.0.0.2:8080",
         "+ ip map services: 10.96.0.10 . tcp . 80 → goto pick-2 (default/web)",
+        "+ ip set cluster-ips: 10.96.0.10",
     ]
     assert (here.ruleset, here.generation()) == ("", before)
 
@@ -71,7 +72,7 @@ def test_json_says_the_same_as_the_text(here: OneNode):
     shown = changes(text)
     assert [RULES.sub(r"\1", f"+ {change['new']}") for change in said["shared"]] == shown.pop("For all Services")
     for entry in said["services"]:
-        lines = [f"+ {change['new']}" for change in entry["changes"]]
+        lines = [RULES.sub(r"\1", f"+ {change['new']}") for change in entry["changes"]]
         assert lines == shown.pop(f"Service {entry['namespace']}/{entry['name']}")
     assert shown == {}
     assert said["counts"] == {"add": text.count("\n  + "), "remove": 0, "change": 0}
@@ -113,9 +114,6 @@ EDITS: dict[str, tuple[list[Object], dict[str, list[str]]]] = {
     "a Service lost its endpoints": (
         [*web(), *shop()],
         {
-            "For all Services": [
-                "- ip chain nodeport-pick-1",
-            ],
             "Service default/shop": [
                 "+ ip map no-endpoints: 10.96.0.20 . tcp . 80 → goto reject-it (default/shop)",
                 "+ ip map no-endpoint-nodeports: tcp . 30080 → goto reject-it (default/shop)",
@@ -125,15 +123,16 @@ EDITS: dict[str, tuple[list[Object], dict[str, list[str]]]] = {
                 "- ip map nodeports: tcp . 30080 → goto nodeport-pick-1 (default/shop)",
                 "- ip map nodeport-endpoints: tcp . 30080 . slot 0 → 10.0.0.3:8080",
             ],
+            "For all Services": [
+                "- ip chain nodeport-pick-1",
+            ],
         },
     ),
     "a Service is gone": (
         shop("10.0.0.3"),
         {
-            "For all Services": [
-                "- ip set cluster-ips: 10.96.0.10",
-            ],
             "Service default/web": [
+                "- ip set cluster-ips: 10.96.0.10",
                 "- ip map services: 10.96.0.10 . tcp . 80 → goto pick-2 (default/web)",
                 "- ip map endpoints: 10.96.0.10 . tcp . 80 . slot 0 → 10.0.0.1:8080",
                 "- ip map endpoints: 10.96.0.10 . tcp . 80 . slot 1 → 10.0.0.2:8080",

@@ -74,14 +74,16 @@ class NftablesDataplane:
         return describe(key, value)
 
     def labels(self, entries: Mapping[Key, Value]) -> Mapping[Key, ServiceName]:
-        """See `kproxy.dataplane.base.Dataplane`."""
+        """See `kproxy.dataplane.base.Dataplane`. What has no comment goes by the frontend, or else by its address."""
         found: dict[Key, ServiceName] = {}
-        services: dict[tuple[Family, bytes], ServiceName] = {}
+        services: dict[_Frontend, ServiceName] = {}
         for key, value in entries.items():
             comment = value[1] if isinstance(value, tuple) else value
             if isinstance(key, bytes) and isinstance(comment, str) and "/" in comment:
                 namespace, _, name = comment.partition(":")[0].partition("/")
-                found[key] = services[_frontend(key)] = ServiceName(namespace, name)
+                service = found[key] = ServiceName(namespace, name)
+                family, frontend = _frontend(key)
+                services[family, frontend] = services[family, frontend[: family.bits // 8]] = service
         for key in entries:
             if isinstance(key, bytes) and key not in found and _frontend(key) in services:
                 found[key] = services[_frontend(key)]
