@@ -53,7 +53,7 @@ class NftablesKernel:
     them, and they stay when it goes. Raises UnsupportedError if there is no nfnetlink.
 
     `counted_endpoints`: a map of endpoints that begins with more of them has no counters, for each takes memory for
-    every CPU, and time to get it (about 7 µs; docs/decisions.md). 0: nothing is counted.
+    every CPU, and makes reading back slower (docs/decisions.md). 0: nothing is counted.
     """
 
     def __init__(
