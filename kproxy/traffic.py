@@ -14,8 +14,10 @@ from kproxy.model import Endpoint, Family, Frontend, Protocol, ServicePortName
 class Traffic:
     """Reads the counters, from any thread, over a socket of its own. `owner` tells whose a frontend is."""
 
-    def __init__(self, families: Sequence[Family], owner: Callable[[Frontend], ServicePortName | None]) -> None:
-        self._kernel = NftablesKernel(families)
+    def __init__(
+        self, families: Sequence[Family], owner: Callable[[Frontend], ServicePortName | None], counted_endpoints: int
+    ) -> None:
+        self._kernel = NftablesKernel(families, counted_endpoints=counted_endpoints)
         self._counted = [c for c in CONTAINERS.values() if c.counter and c.family in families]
         self._owner = owner
 

@@ -20,7 +20,7 @@ from kproxy.config.errors import ConfigError
 from kproxy.config.v1alpha1 import Configuration, ProxyMode
 from kproxy.dataplane.base import UnsupportedError
 from kproxy.dataplane.nftables.dataplane import NftablesDataplane
-from kproxy.dataplane.nftables.kernel import NftablesKernel
+from kproxy.dataplane.nftables.kernel import COUNTED_ENDPOINTS, NftablesKernel
 from kproxy.facts import Facts
 from kproxy.model import Family, NodeFacts
 from kproxy.node_addresses import local_addresses, supported_families
@@ -51,6 +51,12 @@ def chosen_mode(configuration: Configuration) -> ProxyMode:
     return mode
 
 
+def counted_endpoints(invocation: Invocation) -> int:
+    """How many endpoints a map may begin with to have counters; 0: nothing is counted."""
+    metrics = invocation.settings.service_metrics
+    return max(COUNTED_ENDPOINTS, metrics.limit) if metrics.enabled else 0
+
+
 class Machine(msgspec.Struct):
     """A proxy for this machine that has not begun to sync."""
 
@@ -77,7 +83,7 @@ def machine(
     mode = chosen_mode(invocation.configuration)
     configuration = with_mode(invocation.configuration, mode)
     families = supported_families()
-    kernel = NftablesKernel(families)
+    kernel = NftablesKernel(families, counted_endpoints=counted_endpoints(invocation))
     if writes:
         kernel.probe()
 

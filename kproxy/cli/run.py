@@ -13,7 +13,7 @@ import structlog
 from kproxy import __version__, events, logs
 from kproxy.api.objects import KINDS, Node, ObjectMeta
 from kproxy.cli import actions
-from kproxy.cli.assembly import Machine, machine, source
+from kproxy.cli.assembly import Machine, counted_endpoints, machine, source
 from kproxy.cli.invocation import Invocation
 from kproxy.config.defaults import advice, mode_settings
 from kproxy.config.feature_gates import FEATURE_GATES, Stage
@@ -184,7 +184,7 @@ class _Running:
         if self._invocation.manifests:  # without an API server nobody says that the node is being drained
             self._health.node_changed(Node(metadata=ObjectMeta(name=node)))
         if self._invocation.settings.service_metrics.enabled:
-            traffic = Traffic(self._parts.families, self._parts.state.owner)
+            traffic = Traffic(self._parts.families, self._parts.state.owner, counted_endpoints(self._invocation))
             ConnectionCounters(registry, traffic.readings, self._invocation.settings.service_metrics.limit)
         metrics = metrics_handler(
             registry,
