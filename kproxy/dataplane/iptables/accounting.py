@@ -1,0 +1,32 @@
+"""Counters of nfacct: objects that rules refer to, and that must exist before them.
+
+Message layout: linux/netfilter/nfnetlink_acct.h.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from collections.abc import Sequence
+
+from kproxy.dataplane.nftables.nfnetlink import NETLINK_NETFILTER
+from kproxy.netlink import NetlinkSocket, Request, attribute
+
+_NEW = 7 << 8  # NFNL_SUBSYS_ACCT, NFNL_MSG_ACCT_NEW
+_NAME = 1  # NFACCT_NAME
+_GENERIC = struct.pack("=BBH", socket.AF_UNSPEC, 0, 0)  # nfgenmsg
+
+
+def ensure_counters(names: Sequence[str]) -> frozenset[str]:
+    """Create the counters that are missing; returns those that exist now. Those that exist keep what they counted.
+
+    Where the kernel has no nfacct, there is none, and no error.
+    """
+    try:
+        with NetlinkSocket(NETLINK_NETFILTER) as kernel:
+            requests = [Request(_NEW, _GENERIC + attribute(_NAME, name.encode() + b"\0")) for name in names]
+            answers = kernel.acknowledged(requests)
+    except OSError:
+        return frozenset()
+    return frozenset(name for name, answer in zip(names, answers, strict=True) if answer in (0, errno.EBUSY))

@@ -1,0 +1,109 @@
+"""The iptables programs of one variant: which there are, and running them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from enum import StrEnum
+from typing import NamedTuple, cast
+
+from kproxy.dataplane.base import UnsupportedError
+from kproxy.dataplane.iptables.names import Table
+from kproxy.dataplane.iptables.restore import TABLES, Command, Commit
+from kproxy.dataplane.iptables.xtables_lock import WAIT_SECONDS
+from kproxy.model import Family
+
+
+class Variant(StrEnum):
+    """Which part of the kernel iptables writes to: its own tables, or those of nf_tables."""
+
+    LEGACY = "legacy"
+    NFT = "nft"
+
+    @property
+    def other(self) -> Variant:
+        """The one that is not in use."""
+        return Variant.NFT if self is Variant.LEGACY else Variant.LEGACY
+
+
+class Line(NamedTuple):
+    """A line of what iptables-restore reads. `command` None: a table's name or COMMIT."""
+
+    text: str
+    command: Command | None
+
+
+def program(variant: Variant, family: Family, action: str) -> str:
+    """The name of a program, such as ip6tables-nft-save."""
+    return f"{'iptables' if family is Family.IPv4 else 'ip6tables'}-{variant}-{action}"
+
+
+def missing(variant: Variant, families: Iterable[Family]) -> list[str]:
+    """The programs that are not there."""
+    needed = [program(variant, family, action) for family in families for action in ("save", "restore")]
+    return [name for name in needed if not shutil.which(name)]
+
+
+def version(variant: Variant, family: Family) -> str:
+    """What the programs say of their version, such as "1.8.9 (nf_tables)". Raises UnsupportedError."""
+    return _run([program(variant, family, "restore"), "--version"]).stdout.rpartition(" v")[2].strip()
+
+
+def save(variant: Variant, family: Family, tables: Iterable[Table] | None = None) -> str:
+    """What iptables-save prints of tables; all that there are unless told. Raises OSError and UnsupportedError."""
+    name = program(variant, family, "save")
+    texts = []
+    for selection in [["--table", table] for table in tables] if tables is not None else [[]]:
+        done = _run([name, *selection])
+        if done.returncode:
+            raise OSError(f"{name}: {_reason(done)}")
+        texts.append(done.stdout)
+    return "".join(texts)
+
+
+def lines(commits: Iterable[Commit]) -> Iterator[Line]:
+    """What iptables-restore is given."""
+    for commit in commits:
+        yield Line(f"*{commit.table}", None)
+        for command in commit.commands:
+            yield Line(str(command), command)
+        yield Line("COMMIT", None)
+
+
+def restore(
+    variant: Variant, family: Family, given: Sequence[Line], *, test: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Have iptables-restore carry out the lines; `test`: only parse them. Raises UnsupportedError."""
+    command = [program(variant, family, "restore"), "--noflush", f"--wait={WAIT_SECONDS:.0f}"]
+    text = "".join(f"{line.text}\n" for line in given)
+    return _run([*command, "--test"] if test else command, text)
+
+
+def sections(saved: str) -> Iterator[tuple[Table, str, str | None]]:
+    """What iptables-save printed: (table, chain, None) for a chain, (table, chain, rule) for a rule after it."""
+    table: Table | None = None
+    for line in saved.splitlines():
+        match line[:1]:
+            case "-":
+                if table and line.startswith("-A "):
+                    _, chain, *rule = line.split(" ", 2)
+                    yield table, chain, rule[0] if rule else ""
+            case ":":
+                if table:
+                    yield table, line[1:].split(" ", 1)[0], None
+            case "*":
+                table = cast("Table", line[1:]) if line[1:] in TABLES else None
+            case _:
+                pass
+
+
+def _run(command: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise UnsupportedError(f"iptables mode: the program {command[0]} is missing; install iptables") from error
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    return done.stderr.strip() or f"exit status {done.returncode}"

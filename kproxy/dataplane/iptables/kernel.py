@@ -1,0 +1,147 @@
+"""The kernel side of the iptables mode: read what it holds of ours, and change it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import structlog
+
+from kproxy.dataplane.base import ApplyError, Change, Entries, UnsupportedError
+from kproxy.dataplane.iptables import commands
+from kproxy.dataplane.iptables.commands import Variant
+from kproxy.dataplane.iptables.entries import BlockKey, ChainKey, JumpKey, concerns_us, entries_of
+from kproxy.dataplane.iptables.journal import Journal
+from kproxy.dataplane.iptables.legacy import InProcess
+from kproxy.dataplane.iptables.names import Table
+from kproxy.dataplane.iptables.parse import parse_rule
+from kproxy.dataplane.iptables.probe import Features, probe
+from kproxy.dataplane.iptables.refusal import RefusedError, refusal
+from kproxy.dataplane.iptables.restore import BULK_CHAINS, Commit, commits
+from kproxy.dataplane.iptables.rule import AnyRule
+from kproxy.dataplane.iptables.variant import legacy_tables
+from kproxy.model import Family
+
+IN_PROCESS_COMMANDS = 150  # more of them iptables-restore carries out sooner (docs/decisions.md)
+
+log = structlog.get_logger(__name__)
+
+
+class IptablesKernel:
+    """Our chains in the network namespace of the calling thread, in one variant of iptables.
+
+    `guards_localhost`: the rules of KUBE-FIREWALL are ours to write in IPv4, and not kubelet's alone.
+    """
+
+    def __init__(self, families: Sequence[Family], variant: Variant, *, guards_localhost: bool) -> None:
+        self.families = tuple(families)
+        self.variant = variant
+        self.journal = Journal(variant, self.families)
+        self._guards_localhost = guards_localhost
+        self._in_process: dict[Family, InProcess] = {}
+
+    def probe(self) -> Features:
+        """Try all that the mode needs, without leaving a trace. Raises UnsupportedError."""
+        features = probe(self.variant, self.families)
+        if self.variant is Variant.LEGACY:
+            for family in self.families:
+                try:
+                    self._in_process[family] = InProcess(family)
+                except UnsupportedError as error:
+                    log.warning(
+                        "legacy iptables: python-iptables does not work for this family, so all goes through"
+                        " iptables-legacy-restore",
+                        family=family.name,
+                        reason=str(error),
+                    )
+        return features
+
+    # --- reading ---
+
+    def read(self) -> Entries:
+        """What the kernel holds of ours. Changes nothing, takes no lock. Raises OSError."""
+        return self._read(self.families, None)
+
+    def _read(self, families: Iterable[Family], tables: Iterable[Table] | None) -> Entries:
+        entries: Entries = {}
+        for family in families:
+            if self.variant is Variant.LEGACY and not legacy_tables(family):
+                continue  # asking for a legacy table makes it
+            saved = commands.save(self.variant, family, tables)
+            guards = self._guards_localhost and family is Family.IPv4
+            entries.update(entries_of(family, parse_tables(saved, family), guards_localhost=guards))
+        return entries
+
+    # --- writing ---
+
+    def apply(self, changes: Iterable[Change]) -> None:
+        """Make the changes: a commit for each table, IPv4 and filter first. Raises ApplyError.
+
+        Where one is refused, what is in force already is taken back, so that nothing of the changes is.
+        """
+        by_family: defaultdict[Family, list[Change]] = defaultdict(list)
+        for change in changes:
+            by_family[_family(change)].append(change)
+        done: list[Change] = []
+        with self.journal.writing():
+            for family, of_family in sorted(by_family.items()):
+                try:
+                    self._write(family, of_family)
+                except RefusedError as error:
+                    if error.committed:
+                        done += of_family
+                    if done:
+                        self._take_back(done, error)
+                    raise ApplyError(str(error), error.culprits, transient=error.transient) from error
+                done += of_family
+
+    def _write(self, family: Family, changes: Sequence[Change]) -> None:
+        """Make changes of one family. Raises RefusedError."""
+        bulk = BULK_CHAINS if self.variant is Variant.NFT else None
+        planned = commits(changes, bulk_chains=bulk)
+        size = sum(len(commit.commands) for commit in planned)
+        in_process = self._in_process.get(family)
+        if in_process and size <= IN_PROCESS_COMMANDS and in_process.can_express(planned):
+            in_process.write(planned)
+        else:
+            self._restore(family, planned)
+        self.journal.wrote(len(planned))
+
+    def _restore(self, family: Family, planned: Sequence[Commit]) -> None:
+        given = list(commands.lines(planned))
+        done = commands.restore(self.variant, family, given)
+        if done.returncode:
+            raise refusal(commands.program(self.variant, family, "restore"), done.stderr, given)
+
+    def _take_back(self, changes: Sequence[Change], why: RefusedError) -> None:
+        """Put things back as they were before changes of which some are in force."""
+        families = {_family(change) for change in changes}
+        try:
+            actual = self._read(families, None)
+            back = [Change(c.key, actual.get(c.key), c.old) for c in changes if actual.get(c.key) != c.old]
+            for family in sorted(families):
+                self._write(family, [change for change in back if _family(change) is family])
+        except (RefusedError, OSError) as error:
+            raise ApplyError(f"{why}\nand what is in force cannot be taken back: {error}", transient=True) from error
+
+
+def parse_tables(saved: str, family: Family) -> dict[Table, dict[str, list[AnyRule]]]:
+    """The chains that concern us, with their rules, of what iptables-save printed."""
+    tables: dict[Table, dict[str, list[AnyRule]]] = {}
+    for table, chain, rule in commands.sections(saved):
+        if not concerns_us(table, chain):
+            continue
+        chains = tables.setdefault(table, {})
+        if rule is None:
+            chains[chain] = []
+        else:
+            chains[chain].append(parse_rule(rule, family))
+    return tables
+
+
+def _family(change: Change) -> Family:
+    match change.key:
+        case ChainKey(family) | BlockKey(family) | JumpKey(family):
+            return family
+        case _:
+            raise TypeError(f"{change.key!r} is no key of iptables mode")
