@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from kproxy.dataplane.base import Change, Entries, diff
+from kproxy.dataplane.iptables.describe import describe, labels
 from kproxy.dataplane.iptables.entries import EXISTS, BlockKey, ChainKey, JumpKey, entries_of, is_kubelets
 from kproxy.dataplane.iptables.options import Options
 from kproxy.dataplane.iptables.parse import parse_rule
 from kproxy.dataplane.iptables.rule import AnyRule
-from kproxy.model import Family
+from kproxy.model import Family, ServiceName
 from tests.iptables.samples import LOCAL, REMOTE, cluster, routed, service_port
 from tests.iptables.tables import Tables, laid_out
 
@@ -188,3 +189,30 @@ class TestKubeletsFirewall:
             JumpKey(V4, "filter", "INPUT", 0),
             JumpKey(V4, "filter", "OUTPUT", 0),
         }
+
+
+class TestForPeople:
+    def test_one_line_for_each_entry(self) -> None:
+        reject = rule("-d 10.96.0.1/32 -p tcp -m tcp --dport 80 -j REJECT")
+        block = BlockKey(Family.IPv6, "filter", "KUBE-SERVICES", "a/b:c", "tcp")
+
+        assert describe(ChainKey(V4, "nat", "KUBE-SVC-A"), (rule("-j KUBE-MARK-MASQ"), rule("-j KUBE-SEP-B"))) == (
+            "iptables nat chain KUBE-SVC-A: -j KUBE-MARK-MASQ; -j KUBE-SEP-B"
+        )
+        assert describe(ChainKey(V4, "mangle", "KUBE-PROXY-CANARY"), ()) == (
+            "iptables mangle chain KUBE-PROXY-CANARY: no rules"
+        )
+        assert describe(ChainKey(V4, "nat", "KUBE-SERVICES"), EXISTS) == "iptables nat chain KUBE-SERVICES"
+        assert describe(block, (reject,)) == f"ip6tables filter chain KUBE-SERVICES: {reject}"
+        assert describe(JumpKey(V4, "nat", "OUTPUT", 0), rule("-j KUBE-SERVICES")) == (
+            "iptables nat chain OUTPUT: -j KUBE-SERVICES"
+        )
+
+    @pytest.mark.parametrize("large_cluster", [False, True])
+    def test_entries_know_their_service(self, large_cluster: bool) -> None:
+        port = service_port(node_port=30080, load_balancer_ips=("192.0.2.10",), source_ranges=("203.0.113.0/24",))
+        options = Options(large_cluster=large_cluster)
+        fixed = cluster(options=options)
+        entries = cluster(routed(port, LOCAL, REMOTE), options=options)
+
+        assert labels(entries) == {key: ServiceName("ns1", "svc1") for key in entries if key not in fixed}
