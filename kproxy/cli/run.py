@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import structlog
 
@@ -33,6 +32,7 @@ from kproxy.model import Family, ServiceName
 from kproxy.node_addresses import AddressMonitor
 from kproxy.observers import Announced, Cleaned, HealthChecked, Healthy, Logged, Measured
 from kproxy.proxy import Observer, Pace, Proxy, StartError
+from kproxy.reconcile import SyncReport
 from kproxy.sysctl import set_oom_score_adjustment
 from kproxy.traffic import Traffic
 
@@ -72,13 +72,18 @@ def run(invocation: Invocation) -> int:
     return _Running(invocation, parts, addresses).run()
 
 
-@contextmanager
-def _few_collections() -> Iterator[None]:
-    """Spare the cycle collector the objects that live as long as the process: there are millions, and no cycles."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 50, 1000)
-    yield
+class _Thrifty(Observer):
+    """Spares the cycle collector what lives as long as the process: millions of objects without cycles."""
+
+    def __init__(self) -> None:
+        gc.set_threshold(50_000, 50, 1000)  # while everything is read for the first time
+        self._settled = False
+
+    def sync_done(self, report: SyncReport, seconds: float) -> None:  # noqa: ARG002 - an observer's signature
+        if not self._settled:
+            self._settled = True
+            gc.freeze()
+            gc.set_threshold(5_000, 20, 100)
 
 
 class _Running:
@@ -127,6 +132,7 @@ class _Running:
             Announced(self._recorder, parts.state.node_name),
             self._cleaned,
             self._guarded,
+            _Thrifty(),
         ]
 
     def _service_checks(self, family: Family) -> ServiceHealthChecks:
@@ -162,8 +168,7 @@ class _Running:
             self._health.started(family)
         self._recorder.record(events.starting(self._parts.state.node_name))
         self._source.start(self._proxy.post)
-        with _few_collections():
-            self._proxy.run()
+        self._proxy.run()
         self._source.stop()
         self._server.close()
         self._recorder.close(1.0)
