@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -11,19 +11,19 @@ import pytest
 from kproxy.cluster import ClusterState
 from kproxy.dataplane.base import Entries, diff
 from kproxy.dataplane.iptables import names
+from kproxy.dataplane.iptables.accounting import ensure_counters
 from kproxy.dataplane.iptables.entries import ChainKey, entries_of, is_kubelets
 from kproxy.dataplane.iptables.fixed import render_base
-from kproxy.dataplane.iptables.options import Options
+from kproxy.dataplane.iptables.options import INVALID_DROPPED, LARGE_CLUSTER_ENDPOINTS, LOCALHOST_ACCEPTED, Options
+from kproxy.dataplane.iptables.parse import parse_rule
 from kproxy.dataplane.iptables.render import render_route
 from kproxy.dataplane.iptables.rule import AnyRule, Dnat, OpaqueRule
-from kproxy.model import Family, LocalDetector, NodeFacts
+from kproxy.model import Family, LocalDetector, NodeFacts, ServiceName
 from tests.conformance import recorded
-from tests.iptables.nfacct import make_counters
 from tests.iptables.tables import laid_out, read_tables, restore_text
 from tests.lab.namespaces import Namespace
 
 DUMPS = recorded.read("dumps-iptables.json")
-LARGE_CLUSTER = 1000
 
 # kube-proxy's tests keep what was not quoted.
 UNQUOTED = re.compile(r"--comment (kubernetes [^\"]*?) -j")
@@ -75,16 +75,20 @@ class Scenario:
             drop_invalid=not self.config["conntrack_tcp_be_liberal"],
             localhost_node_ports=self.config["localhost_node_ports"],
             counters=frozenset(self.config["nfacct_counters"]),
-            large_cluster=endpoints > LARGE_CLUSTER,
+            large_clusters=frozenset({self.family} if endpoints > LARGE_CLUSTER_ENDPOINTS else ()),
         )
 
     def entries(self) -> Entries:
         """All that is in force, but for the chains that only show that somebody flushed everything."""
-        entries = render_base(self.facts, self.options)
-        for service in self.state.services():
+        entries = render_base(self.facts, self.options) | self.entries_of_services(self.state.services())
+        return {key: value for key, value in entries.items() if not is_canary(key)}
+
+    def entries_of_services(self, services: Iterable[ServiceName]) -> Entries:
+        entries: Entries = {}
+        for service in services:
             for route in self.state.routes(service):
                 entries |= render_route(route, self.facts, self.options)
-        return {key: value for key, value in entries.items() if not is_canary(key)}
+        return entries
 
 
 def is_canary(key: object) -> bool:
@@ -150,7 +154,9 @@ def test_single_chains_and_numbers(scenario: dict[str, Any]) -> None:
     given = Scenario(scenario["config"])
 
     for step in scenario["steps"]:
+        given.state.dirty.clear()
         given.advance(step)
+        changed = list(given.state.services() if step["full_sync"] else given.state.dirty)
         ours = laid_out(given.entries())
         for expected in step["asserted"].get("chains", ()):
             lines = [f"*{expected['table']}", *expected["rules"]]
@@ -163,9 +169,11 @@ def test_single_chains_and_numbers(scenario: dict[str, Any]) -> None:
             }
             assert written == {"filter": counts["filter_rules"], "nat": counts["nat_rules"]}
         for expected in step["asserted"].get("endpoint_rules", ()):
-            dnats = list(endpoint_rules(ours["nat"]))
+            dnats = list(endpoint_rules(laid_out(given.entries_of_services(changed))["nat"]))
             assert len(dnats) == expected["endpoint_rules"]
             assert sum(bool(rule.comment) for rule in dnats) == expected["with_comment"]
+            if expected["rule"]:
+                assert parse_rule(expected["rule"].partition(" KUBE-SEP-")[2].partition(" ")[2], given.family) in dnats
         if ingress := step["asserted"].get("load_balancer_ip"):
             handled = any(f"-d {ingress['ip']}/" in str(rule) for rule in ours["nat"][names.SERVICES])
             assert handled is ingress["handled_by_proxy"]
@@ -194,7 +202,7 @@ def test_what_stays_after_clean_up(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("variant", ["legacy", "nft"])
 def test_the_kernel_gives_back_every_recorded_rule(variant: str, netns: Namespace) -> None:
     """All steps, one after the other, through the real tools: what is saved is what was written, letter for letter."""
-    make_counters(netns)
+    netns.run(ensure_counters, (INVALID_DROPPED, LOCALHOST_ACCEPTED))
     seen: set[str] = set()
     for scenario in DUMPS["scenarios"]:
         given = Scenario(scenario["config"])

@@ -208,10 +208,10 @@ class TestForPeople:
             "iptables nat chain OUTPUT: -j KUBE-SERVICES"
         )
 
-    @pytest.mark.parametrize("large_cluster", [False, True])
-    def test_entries_know_their_service(self, large_cluster: bool) -> None:
+    @pytest.mark.parametrize("large", [frozenset(), frozenset({V4})], ids=["small cluster", "large cluster"])
+    def test_entries_know_their_service(self, large: frozenset[Family]) -> None:
         port = service_port(node_port=30080, load_balancer_ips=("192.0.2.10",), source_ranges=("203.0.113.0/24",))
-        options = Options(large_cluster=large_cluster)
+        options = Options(large_clusters=large)
         fixed = cluster(options=options)
         entries = cluster(routed(port, LOCAL, REMOTE), options=options)
 

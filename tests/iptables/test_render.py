@@ -6,10 +6,10 @@ import pytest
 from msgspec.structs import replace
 
 from kproxy.dataplane.base import diff
+from kproxy.dataplane.iptables.accounting import ensure_counters
 from kproxy.dataplane.iptables.entries import entries_of
 from kproxy.dataplane.iptables.options import INVALID_DROPPED, LOCALHOST_ACCEPTED, Options
 from kproxy.model import Endpoint, Family, LocalDetector, Protocol
-from tests.iptables.nfacct import make_counters
 from tests.iptables.samples import FACTS, LOCAL, REMOTE, base, cluster, routed, service_port, written
 from tests.iptables.tables import laid_out, read_tables, restore_text
 from tests.lab.namespaces import Namespace
@@ -361,7 +361,7 @@ def test_in_large_clusters_endpoints_have_no_comments_and_all_else_has() -> None
     port = service_port(affinity_seconds=60, **FULL)
     small = written(port, LOCAL, REMOTE)
 
-    large = written(port, LOCAL, REMOTE, options=Options(large_cluster=True))
+    large = written(port, LOCAL, REMOTE, options=Options(large_clusters=frozenset({Family.IPv4})))
 
     assert large[SVC][1:] == [
         f"-m recent --rcheck --seconds 60 --reap --name {SEP_LOCAL} --mask 255.255.255.255 --rsource -j {SEP_LOCAL}",
@@ -410,7 +410,7 @@ def test_the_kernel_takes_all_of_it_and_shows_no_difference(
         options=options,
     )
     command = f"{'iptables' if four else 'ip6tables'}-{variant}"
-    make_counters(netns)
+    netns.run(ensure_counters, tuple(options.counters))
 
     netns.command(f"{command}-restore", stdin=restore_text(laid_out(entries)))
 

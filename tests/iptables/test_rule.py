@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from kproxy.dataplane.iptables.accounting import ensure_counters
 from kproxy.dataplane.iptables.options import INVALID_DROPPED, LOCALHOST_ACCEPTED
 from kproxy.dataplane.iptables.parse import HOST_MASK, parse_rule
 from kproxy.dataplane.iptables.rule import (
@@ -30,7 +31,6 @@ from kproxy.dataplane.iptables.rule import (
 )
 from kproxy.model import Family
 from tests.conftest import MakeNetns
-from tests.iptables.nfacct import make_counters
 from tests.iptables.tables import read_tables, restore_text
 
 SAVED = [
@@ -226,7 +226,7 @@ def test_the_kernel_gives_back_what_was_written(
     written = data.draw(st.lists(rules(family).filter(str), min_size=20, max_size=40))
     chains = {"KUBE-SERVICES": [], "KUBE-SVC-XPGD46QRK7WJZT7O": [], "KUBE-EXT-XPGD46QRK7WJZT7O": written}
     netns = make_netns()
-    make_counters(netns)
+    netns.run(ensure_counters, (INVALID_DROPPED, LOCALHOST_ACCEPTED))
 
     netns.command(f"{command}-restore", stdin=restore_text({"nat": chains}))
 

@@ -8,16 +8,17 @@ from kproxy.model import Family
 
 INVALID_DROPPED = "ct_state_invalid_dropped_pkts"
 LOCALHOST_ACCEPTED = "localhost_nps_accepted_pkts"
+LARGE_CLUSTER_ENDPOINTS = 1000  # more of them in a family make it large; those that are not ready count, too
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """Chosen at start from the configuration and from what the machine can, except for `large_cluster`."""
+    """Chosen at start from the configuration and from what the machine can, except for `large_clusters`."""
 
     random_fully: bool = True  # the MASQUERADE target knows --random-fully (iptables 1.6.2)
     drop_invalid: bool = True  # net.netfilter.nf_conntrack_tcp_be_liberal is 0
     localhost_node_ports: bool = False  # IPv4 node ports answer on 127.0.0.0/8; takes net.ipv4.conf.all.route_localnet
     counters: frozenset[str] = frozenset()  # nfacct objects that exist, of those named above
-    large_cluster: bool = False  # more than 1,000 endpoints in the family: no comments on endpoints
+    large_clusters: frozenset[Family] = frozenset()  # families in which rules about endpoints have no comments
 
     def guards_localhost(self, family: Family) -> bool:
         """Whether addresses of 127.0.0.0/8 are routed, so that outsiders must be kept from them."""

@@ -235,4 +235,4 @@ class _ServicePort:
         return hairpin, Rule((*matches, Transport(self.protocol)), Dnat(text), self.protocol)
 
     def _endpoint_comment(self, text: str) -> tuple[Match, ...]:
-        return () if self.options.large_cluster else (Comment(text),)
+        return () if self.family in self.options.large_clusters else (Comment(text),)
