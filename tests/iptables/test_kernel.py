@@ -154,6 +154,17 @@ def test_a_refused_rule_is_shown_with_its_neighbours_and_nothing_is_in_force(hos
     assert diff(wanted, host.read()) == []
 
 
+def test_what_one_family_refuses_is_taken_back_in_the_other(host: Host) -> None:
+    before = entries(plain(Family.IPv4, 1, 1), plain(Family.IPv6, 1, 1))
+    host.bring_to(before)
+    wanted = entries(*(plain(family, n, n) for family in BOTH for n in (1, 2)))
+    wrong = ChainKey(Family.IPv6, "nat", "KUBE-SVC-AAAAAAAAAAAAAAAA")
+    with pytest.raises(ApplyError) as caught:
+        host.bring_to({**wanted, wrong: (Rule((), Jump("KUBE-SEP-BBBBBBBBBBBBBBBB")),)})
+    assert caught.value.culprits == (wrong,)
+    assert diff(before, host.read()) == []
+
+
 def test_a_chain_that_is_not_there_is_named(host: Host) -> None:
     host.bring_to(entries())
     key = ChainKey(Family.IPv4, "nat", "KUBE-SVC-AAAAAAAAAAAAAAAA")

@@ -18,6 +18,7 @@ from tests.iptables.services import elaborate, entries, everything, plain
 
 WAIT = 10.0
 PERIOD = 30.0
+FLOOD = 600  # services; their notifications are more than a socket holds
 CLEARED = ("*nat", ":PREROUTING ACCEPT [0:0]", ":OUTPUT ACCEPT [0:0]", ":POSTROUTING ACCEPT [0:0]", "COMMIT")
 
 Meddle = Callable[[Host], object]
@@ -120,6 +121,24 @@ def test_our_own_writes_and_others_business_are_no_touch_in_the_nft_variant(nft:
         nft.bring_to(everything())
         nft.iptables("-t", "nat", "-X", "DOCKER")
     assert heard.empty()
+
+
+def test_more_of_our_own_writes_than_can_be_received_are_no_touch(nft: Host) -> None:
+    watching = nft.netns.run(watch, nft.kernel, PERIOD)
+    assert isinstance(watching, NftWatch)
+    with watching:
+        many = entries(*(plain(Family.IPv4, n, *range(n * 10, n * 10 + 10)) for n in range(FLOOD)))
+        nft.bring_to(many)
+        nft.bring_to(everything())
+        heard: queue.Queue[str] = queue.Queue()
+        thread = threading.Thread(target=lambda: [heard.put(who) for who in watching.touches()])
+        thread.start()
+        with pytest.raises(queue.Empty):
+            heard.get(timeout=0.3)
+        HARM["a chain flushed"](nft)
+        assert "tables" in heard.get(timeout=WAIT)
+        watching.stop()
+        thread.join(WAIT)
 
 
 @pytest.mark.parametrize("harm", HARM)

@@ -61,30 +61,37 @@ class Journal:
         """Whatever happens in this block is our doing."""
         with self.lock:
             self._commits = 0
-            start = self._generation()
+            start = self._now()
             shape = legacy_shape(self._families) if self._variant is Variant.LEGACY else ()
             if self.writes and shape != self.shape:
                 self.disturbed = True
             try:
                 yield
             finally:
-                end = self._generation()
+                end = self._now()
                 if end != start:
                     self._spans.append(Span(start, end, end - start <= self._commits))
                 self.writes += 1
                 if self._variant is Variant.LEGACY:
                     self.shape = legacy_shape(self._families)
 
-    def _generation(self) -> int:
+    def _now(self) -> int:
         if self._variant is Variant.LEGACY:
             return 0
         with closing(NetlinkSocket()) as netlink:
-            found = parsed(netlink.get(Msg.GETGEN, Nfproto.UNSPEC).attributes)
-        return int.from_bytes(found[_GENERATION], "big")
+            return generation(netlink)
 
-    def is_ours(self, generation: int) -> bool:
-        """Whether a generation of nf_tables is the work of our writes alone. The lock must be held."""
-        return any(span.start < generation <= span.end and span.alone for span in self._spans)
+    def are_ours(self, after: int, until: int) -> bool:
+        """Whether the generations of nf_tables in between are the work of our writes alone. The lock must be held."""
+        for span in self._spans:
+            if span.alone and span.start <= after < span.end:
+                after = span.end
+        return after >= until
+
+
+def generation(netlink: NetlinkSocket) -> int:
+    """How many times nf_tables has been changed in the socket's network namespace. Raises OSError."""
+    return int.from_bytes(parsed(netlink.get(Msg.GETGEN, Nfproto.UNSPEC).attributes)[_GENERATION], "big")
 
 
 def legacy_shape(families: Sequence[Family]) -> Shape:

@@ -13,7 +13,6 @@ _CHAIN = re.compile(r"(?:Chain '|chain |target `)([^\s':]+)")
 _TRANSIENT = (
     "xtables lock",
     "Resource temporarily unavailable",
-    "Device or resource busy",
     "Cannot allocate memory",
     "Permission denied",
     "Operation not permitted",

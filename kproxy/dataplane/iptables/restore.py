@@ -22,7 +22,7 @@ from kproxy.dataplane.iptables.names import Table
 from kproxy.dataplane.iptables.rule import AnyRule
 
 TABLES: tuple[Table, ...] = ("filter", "nat", "mangle")  # in the order of writing: rejections before translations
-BULK_CHAINS = 500
+BULK_CHAINS = 200
 # Chains jump only to those that stand before them here, and to fixed ones.
 _RANKS = (names.ENDPOINT, names.CLUSTER_POLICY, names.LOCAL_POLICY, names.EXTERNAL, names.FIREWALL)
 
@@ -120,7 +120,8 @@ def _deleted(changes: Sequence[Change]) -> list[Command]:
 def _single_rules(changes: Sequence[Change], gone: set[str]) -> tuple[list[Command], list[Command]]:
     """Rules to take out of chains that stay, and rules to put into them."""
     deletions: list[Command] = []
-    additions: list[Command] = []
+    blocks: list[Command] = []
+    last: list[Command] = []
     jumps: list[Change] = []
     for change in changes:
         key = change.key
@@ -133,13 +134,14 @@ def _single_rules(changes: Sequence[Change], gone: set[str]) -> tuple[list[Comma
             case JumpKey():
                 jumps.append(change)
             case BlockKey(service_port="", protocol=""):
-                additions += [Command("-A", where.chain, key, rule) for rule in _rules(change.new)]
+                last += [Command("-A", where.chain, key, rule) for rule in _rules(change.new)]
             case _:
-                additions += [Command("-I", where.chain, key, rule) for rule in reversed(_rules(change.new))]
-    # Each goes to the top of its chain; so the one that belongs there comes last.
-    for change in sorted(jumps, key=lambda c: c.key.place if isinstance(c.key, JumpKey) else 0, reverse=True):
-        additions += [Command("-I", _where(change.key).chain, change.key, rule) for rule in _rules(change.new)]
-    return deletions, additions
+                blocks += [Command("-I", where.chain, key, rule) for rule in _rules(change.new)]
+    # Each goes to the top of its chain, so what belongs there comes last. iptables-nft looks for a rule to delete from
+    # the top: in the order in which the entries are, many are found soon (5,000 services: 1.1 s, the other way 10 s).
+    jumps.sort(key=lambda change: change.key.place if isinstance(change.key, JumpKey) else 0, reverse=True)
+    jumped = [Command("-I", _where(c.key).chain, c.key, rule) for c in jumps for rule in _rules(c.new)]
+    return deletions, [*reversed(blocks), *last, *jumped]
 
 
 def _exists(value: object) -> bool:

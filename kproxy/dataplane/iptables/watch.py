@@ -19,11 +19,11 @@ from typing import NamedTuple, Self
 from kproxy.dataplane.iptables import commands
 from kproxy.dataplane.iptables.commands import Variant
 from kproxy.dataplane.iptables.entries import BUILT_IN, concerns_us
-from kproxy.dataplane.iptables.journal import Journal, Shape, legacy_shape
+from kproxy.dataplane.iptables.journal import Journal, Shape, generation, legacy_shape
 from kproxy.dataplane.iptables.kernel import IptablesKernel
 from kproxy.dataplane.iptables.variant import legacy_tables
 from kproxy.dataplane.nftables.expressions import NFPROTO
-from kproxy.dataplane.nftables.nfnetlink import NETLINK_NETFILTER, Msg, Received, messages, parsed, text
+from kproxy.dataplane.nftables.nfnetlink import NETLINK_NETFILTER, Msg, NetlinkSocket, Received, messages, parsed, text
 
 _GROUP_NFTABLES = 7  # NFNLGRP_NFTABLES
 _SOL_NETLINK = 270
@@ -46,7 +46,9 @@ class NftWatch:
         self._stopped, self._stopper = socket.socketpair()
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
         self._touched = False
+        self._netlink = NetlinkSocket()
         try:
+            self._seen = generation(self._netlink)
             try:
                 self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BUFFER)
             except PermissionError:  # in a user namespace; then more is lost, and looked after
@@ -66,7 +68,7 @@ class NftWatch:
 
     def close(self) -> None:
         """Release the sockets; `touches` must have ended."""
-        for used in (self._socket, self._stopped, self._stopper):
+        for used in (self._socket, self._stopped, self._stopper, self._netlink):
             used.close()
 
     def stop(self) -> None:
@@ -95,21 +97,31 @@ class NftWatch:
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
-                self._touched = True  # whether by us, the generation that comes next tells
+                if self._lost():
+                    who["somebody (more notifications than could be received)"] = None
                 continue
             for received in messages(datagram):
                 if received.type != Msg.NEWGEN:
                     self._touched |= received.family in self._protocols and _concerns_us(received)
-                elif self._touched:  # a transaction's own notification comes last
+                    continue
+                members = parsed(received.attributes)  # a transaction's own notification comes last
+                self._seen = int.from_bytes(members.get(_GENERATION, b""), "big")
+                if self._touched:
                     self._touched = False
-                    self._note(parsed(received.attributes), who)
+                    self._note(members, who)
 
-    def _note(self, generation: dict[int, bytes], who: dict[str, None]) -> None:
+    def _lost(self) -> bool:
+        """Whether notifications were lost of what was not our doing."""
+        with self._journal.lock:
+            after, self._seen = self._seen, generation(self._netlink)
+            return not self._journal.are_ours(after, self._seen)
+
+    def _note(self, members: dict[int, bytes], who: dict[str, None]) -> None:
         with self._journal.lock:  # a write of ours that is under way is known when it has ended
-            if self._journal.is_ours(int.from_bytes(generation.get(_GENERATION, b""), "big")):
+            if self._journal.are_ours(self._seen - 1, self._seen):
                 return
-        name = text(generation.get(_PROCESS_NAME, b"")) or "a process"
-        who[f"{name} (process {int.from_bytes(generation.get(_PROCESS_ID, b''), 'big')})"] = None
+        name = text(members.get(_PROCESS_NAME, b"")) or "a process"
+        who[f"{name} (process {int.from_bytes(members.get(_PROCESS_ID, b''), 'big')})"] = None
 
 
 def _concerns_us(received: Received) -> bool:
