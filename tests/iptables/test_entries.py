@@ -168,6 +168,11 @@ class TestKubeletsFirewall:
 
         assert changes(wanted, tables) == []
 
+    def test_other_jumps_to_it_are_kubelets(self, wanted: Entries, tables: Tables) -> None:
+        tables["filter"]["INPUT"] += [rule("-j KUBE-FIREWALL"), rule("-i eth0 -j KUBE-FIREWALL")]
+
+        assert changes(wanted, tables) == []
+
     def test_but_the_chain_must_be_there(self, wanted: Entries, tables: Tables) -> None:
         del tables["filter"]["KUBE-FIREWALL"]
 
