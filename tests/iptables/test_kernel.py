@@ -154,6 +154,17 @@ def test_a_refused_rule_is_shown_with_its_neighbours_and_nothing_is_in_force(hos
     assert diff(wanted, host.read()) == []
 
 
+def test_of_a_bulk_load_that_is_refused_nothing_stays(host: Host) -> None:
+    host.bring_to(entries())
+    saved = host.saved()
+    spoilt, culprit = _spoilt(entries(*(plain(Family.IPv4, n, n, n + 1000) for n in range(150))))
+    with pytest.raises(ApplyError) as caught:
+        host.bring_to(spoilt)
+    if host.kernel.variant == "nft":
+        assert caught.value.culprits == (culprit,)
+    assert host.saved() == saved
+
+
 def test_what_one_family_refuses_is_taken_back_in_the_other(host: Host) -> None:
     before = entries(plain(Family.IPv4, 1, 1), plain(Family.IPv6, 1, 1))
     host.bring_to(before)

@@ -9,11 +9,13 @@ import threading
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from kproxy.dataplane.base import ApplyError, diff
 from kproxy.dataplane.iptables import commands
 from kproxy.dataplane.iptables.commands import Variant
 from kproxy.dataplane.iptables.entries import ChainKey
+from kproxy.dataplane.iptables.kernel import IptablesKernel
 from kproxy.dataplane.iptables.legacy import InProcess
 from kproxy.dataplane.iptables.probe import needed_rules
 from kproxy.dataplane.iptables.refusal import RefusedError, refusal
@@ -22,7 +24,7 @@ from kproxy.dataplane.iptables.rule import Jump, Rule
 from kproxy.dataplane.iptables.xtables_lock import LockedError, xtables_lock
 from kproxy.model import Family
 from tests.iptables.conftest import Host, OpenHost
-from tests.iptables.services import entries, plain
+from tests.iptables.services import BOTH, entries, plain
 from tests.lab.namespaces import Namespace
 
 CHAIN = "KUBE-SVC-LEGACY"
@@ -111,6 +113,18 @@ def test_what_goes_to_standard_output_meanwhile_is_not_swallowed(
     stop.set()
     writer.join()
     assert capfd.readouterr().out.count("x") == len(written)
+
+
+def test_where_the_library_does_not_work_one_warning_tells_why_and_iptables_restore_does_it(netns: Namespace) -> None:
+    kernel = netns.run(lambda: IptablesKernel(BOTH, Variant.LEGACY, guards_localhost=True))
+    with capture_logs() as logged:
+        netns.run(kernel.probe)
+    # The library can do the first family of a process only.
+    assert [(entry["log_level"], entry["family"]) for entry in logged] == [("warning", "IPv6")]
+    assert "python-iptables" in logged[0]["reason"]
+    wanted = entries(plain(Family.IPv6, 1, 1))
+    netns.run(kernel.apply, diff(wanted, {}))
+    assert diff(wanted, netns.run(kernel.read)) == []
 
 
 def test_the_lock_is_waited_for_and_then_given_up(tmp_path: Path) -> None:

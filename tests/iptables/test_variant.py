@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,10 +69,30 @@ def test_missing_programs_are_named(netns: Namespace, tmp_path: Path) -> None:
     script = (
         f"{python}\ntry: variant.find(tuple(Family))\nexcept Exception as error: print(type(error).__name__, error)"
     )
-    done = netns.command(os.sys.executable, "-c", script, env={**os.environ, "PATH": str(tmp_path)})
+    done = netns.command(sys.executable, "-c", script, env={**os.environ, "PATH": str(tmp_path)})
     assert done.stdout.startswith(UnsupportedError.__name__)
     assert "iptables-nft-restore" in done.stdout
     assert "ip6tables-legacy-save" in done.stdout
+
+
+def test_a_program_that_goes_missing_later_is_trouble_that_passes(netns: Namespace, tmp_path: Path) -> None:
+    script = """
+from kproxy.dataplane.base import ApplyError, Change
+from kproxy.dataplane.iptables.entries import ChainKey
+from kproxy.dataplane.iptables.commands import Variant
+from kproxy.dataplane.iptables.kernel import IptablesKernel
+from kproxy.model import Family
+kernel = IptablesKernel([Family.IPv4], Variant.NFT, guards_localhost=False)
+try: kernel.apply([Change(ChainKey(Family.IPv4, "nat", "KUBE-SEP-A"), None, ())])
+except ApplyError as error: print(error.transient, error)
+try: kernel.read()
+except OSError as error: print(error)
+"""
+    done = netns.command(sys.executable, "-c", script, env={**os.environ, "PATH": str(tmp_path)})
+    applied, read = done.stdout.splitlines()
+    assert applied.startswith("True")
+    assert "iptables-nft-restore" in applied
+    assert "iptables-nft-save" in read
 
 
 def test_the_other_variants_leftovers_are_reported_and_kubelets_chains_are_not(open_host: OpenHost) -> None:

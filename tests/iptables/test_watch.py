@@ -18,7 +18,7 @@ from tests.iptables.services import elaborate, entries, everything, plain
 
 WAIT = 10.0
 PERIOD = 30.0
-FLOOD = 600  # services; their notifications are more than a socket holds
+FLOOD = 300  # services; their notifications are more than a socket holds
 CLEARED = ("*nat", ":PREROUTING ACCEPT [0:0]", ":OUTPUT ACCEPT [0:0]", ":POSTROUTING ACCEPT [0:0]", "COMMIT")
 
 Meddle = Callable[[Host], object]

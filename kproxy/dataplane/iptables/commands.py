@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
 from typing import NamedTuple, cast
 
-from kproxy.dataplane.base import UnsupportedError
 from kproxy.dataplane.iptables.names import Table
 from kproxy.dataplane.iptables.restore import TABLES, Command, Commit
 from kproxy.dataplane.iptables.xtables_lock import WAIT_SECONDS
@@ -46,12 +45,12 @@ def missing(variant: Variant, families: Iterable[Family]) -> list[str]:
 
 
 def version(variant: Variant, family: Family) -> str:
-    """What the programs say of their version, such as "1.8.9 (nf_tables)". Raises UnsupportedError."""
+    """What the programs say of their version, such as "1.8.9 (nf_tables)". Raises OSError."""
     return _run([program(variant, family, "restore"), "--version"]).stdout.rpartition(" v")[2].strip()
 
 
 def save(variant: Variant, family: Family, tables: Iterable[Table] | None = None) -> str:
-    """What iptables-save prints of tables; all that there are unless told. Raises OSError and UnsupportedError."""
+    """What iptables-save prints of tables; all that there are unless told. Raises OSError."""
     name = program(variant, family, "save")
     texts = []
     for selection in [["--table", table] for table in tables] if tables is not None else [[]]:
@@ -74,7 +73,7 @@ def lines(commits: Iterable[Commit]) -> Iterator[Line]:
 def restore(
     variant: Variant, family: Family, given: Sequence[Line], *, test: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Have iptables-restore carry out the lines; `test`: only parse them. Raises UnsupportedError."""
+    """Have iptables-restore carry out the lines; `test`: only parse them. Raises OSError."""
     command = [program(variant, family, "restore"), "--noflush", f"--wait={WAIT_SECONDS:.0f}"]
     text = "".join(f"{line.text}\n" for line in given)
     return _run([*command, "--test"] if test else command, text)
@@ -102,7 +101,7 @@ def _run(command: list[str], text: str = "") -> subprocess.CompletedProcess[str]
     try:
         return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
-        raise UnsupportedError(f"iptables mode: the program {command[0]} is missing; install iptables") from error
+        raise FileNotFoundError(error.errno, "this program is missing; install iptables", command[0]) from error
 
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:

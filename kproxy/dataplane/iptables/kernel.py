@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import structlog
 
@@ -82,18 +82,24 @@ class IptablesKernel:
         by_family: defaultdict[Family, list[Change]] = defaultdict(list)
         for change in changes:
             by_family[_family(change)].append(change)
+        try:
+            with self.journal.writing():
+                self._apply(by_family)
+        except OSError as error:
+            raise ApplyError(f"iptables: {error}", transient=True) from error
+
+    def _apply(self, by_family: Mapping[Family, list[Change]]) -> None:
         done: list[Change] = []
-        with self.journal.writing():
-            for family, of_family in sorted(by_family.items()):
-                try:
-                    self._write(family, of_family)
-                except RefusedError as error:
-                    if error.committed:
-                        done += of_family
-                    if done:
-                        self._take_back(done, error)
-                    raise ApplyError(str(error), error.culprits, transient=error.transient) from error
-                done += of_family
+        for family, of_family in sorted(by_family.items()):
+            try:
+                self._write(family, of_family)
+            except RefusedError as error:
+                if error.committed:
+                    done += of_family
+                if done:
+                    self._take_back(done, error)
+                raise ApplyError(str(error), error.culprits, transient=error.transient) from error
+            done += of_family
 
     def _write(self, family: Family, changes: Sequence[Change]) -> None:
         """Make changes of one family. Raises RefusedError."""

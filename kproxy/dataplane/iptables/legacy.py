@@ -17,6 +17,7 @@ import errno
 import importlib
 import os
 import threading
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -62,7 +63,9 @@ class InProcess:
     def __init__(self, family: Family) -> None:
         self._family = family
         try:
-            self._iptc: ModuleType = importlib.import_module("iptc")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the library's age: distutils, escapes in its patterns
+                self._iptc: ModuleType = importlib.import_module("iptc")
         except Exception as error:
             raise UnsupportedError(f"python-iptables cannot be loaded: {error or type(error).__name__}") from error
         for table, rules in needed_rules(family).items():
