@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from kproxy.dataplane.iptables.commands import Variant
 from kproxy.model import DetectLocalMode, Family, Protocol
 from kproxy.node_addresses import is_loopback
 from tests.lab.expectations import Action, Expectation, complaints
@@ -23,8 +24,9 @@ ORIGINS = {
 class World:
     """What is in force at some step of a scenario: configuration and objects."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], variant: Variant | None = None) -> None:
         self.config = dict(config)
+        self.variant = variant
         self._objects: dict[tuple[str, str, str], Item] = {}
 
     def advance(self, step: Mapping[str, Any]) -> None:

@@ -24,11 +24,17 @@ from kproxy.config.decode import decode
 from kproxy.config.defaults import defaulted, with_mode
 from kproxy.config.v1alpha1 import API_VERSION, KIND, Configuration, ProxyMode
 from kproxy.dataplane.base import Dataplane
+from kproxy.dataplane.iptables.accounting import ensure_counters
+from kproxy.dataplane.iptables.commands import Variant
+from kproxy.dataplane.iptables.dataplane import IptablesDataplane
+from kproxy.dataplane.iptables.kernel import IptablesKernel
+from kproxy.dataplane.iptables.options import INVALID_DROPPED, LOCALHOST_ACCEPTED, Options
+from kproxy.dataplane.iptables.variant import find
 from kproxy.dataplane.nftables.dataplane import NftablesDataplane
 from kproxy.dataplane.nftables.kernel import NftablesKernel
 from kproxy.facts import Facts
 from kproxy.model import Family
-from kproxy.node_addresses import local_addresses
+from kproxy.node_addresses import accepts_ipv4_loopback, local_addresses
 from kproxy.observers import Cleaned
 from kproxy.reconcile import Reconciler
 from tests.lab.namespaces import Namespace
@@ -55,9 +61,14 @@ class Proxy(Protocol):
 
 
 class InProcess:
-    """Drives the proxy's parts in this process; what they open is opened in the namespace."""
+    """Drives the proxy's parts in this process; what they open is opened in the namespace.
 
-    def __init__(self, netns: Namespace, config: Item, families: Iterable[Family] = Family) -> None:
+    `variant` is that of iptables; None: the one that is found.
+    """
+
+    def __init__(
+        self, netns: Namespace, config: Item, families: Iterable[Family] = Family, variant: Variant | None = None
+    ) -> None:
         read, problems = decode(Configuration, config)
         if any(problems):
             raise ValueError(f"configuration: {problems}")
@@ -76,7 +87,7 @@ class InProcess:
             self.state.apply(Listed(kind, frozenset()))
         self._facts = Facts(self._config, mode, self._families, self.state, local_addresses, print)
         self._resources = ExitStack()
-        self._dataplane = netns.run(_open, mode, self._families, self._resources)
+        self._dataplane = netns.run(_open, self._config, self._families, variant, self._resources)
         self._started: tuple[Reconciler, Cleaned] | None = None
 
     def apply(self, *items: Item) -> None:
@@ -147,9 +158,22 @@ class CommandLine:
         return self._manifests / f"{item['kind']}-{metadata.get('namespace', '')}-{metadata['name']}.json"
 
 
-def _open(mode: ProxyMode, families: Sequence[Family], resources: ExitStack) -> Dataplane:
-    match mode:
+def _open(
+    config: Configuration, families: Sequence[Family], variant: Variant | None, resources: ExitStack
+) -> Dataplane:
+    match config.mode:
         case ProxyMode.NFTABLES:
             return NftablesDataplane(resources.enter_context(NftablesKernel(families)))
-        case _:
+        case ProxyMode.IPTABLES:
+            localhost = config.iptables.localhost_node_ports and accepts_ipv4_loopback(config.node_port_addresses)
+            kernel = IptablesKernel(families, variant or find(families), guards_localhost=localhost)
+            features = kernel.probe()
+            options = Options(
+                random_fully=features.random_fully,
+                drop_invalid=not config.conntrack.tcp_be_liberal,
+                localhost_node_ports=localhost,
+                counters=ensure_counters([INVALID_DROPPED, LOCALHOST_ACCEPTED]) if features.nfacct else frozenset(),
+            )
+            return IptablesDataplane(kernel, options)
+        case mode:
             raise ValueError(f"mode {mode} cannot be driven yet")
