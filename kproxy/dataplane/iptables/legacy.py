@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import re
 import threading
 import warnings
 from collections.abc import Sequence
@@ -180,6 +181,7 @@ class InProcess:
 
 
 _TRANSIENT = frozenset((errno.EAGAIN, errno.ENOMEM, errno.EPERM, errno.EBUSY))
+_BYTES = re.compile(r"b'([^']*)'")  # how the library prints what libiptc says
 _ERRNO = {os.strerror(number): number for number in _TRANSIENT}
 
 
@@ -187,7 +189,7 @@ class _FailedError(Exception):
     """A command could not be carried out; None: the table as a whole."""
 
     def __init__(self, message: str, command: Command | None, number: int | None) -> None:
-        super().__init__(message)
+        super().__init__(_BYTES.sub(r"\1", message))
         self.command = command
         self.number = number
 
