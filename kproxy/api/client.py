@@ -8,6 +8,7 @@ import it only where a live API server is used.
 from __future__ import annotations
 
 import os
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ from kubernetes.client.rest import RESTClientObject
 from kubernetes.config.config_exception import ConfigException
 from kubernetes.config.incluster_config import InClusterConfigLoader
 from kubernetes.config.kube_config import load_kube_config
+from urllib3.util.ssl_ import create_urllib3_context
 
 from kproxy import __version__
 from kproxy.api.errors import ApiConfigError, ApiError, CredentialsError, SilentError
@@ -240,7 +242,12 @@ class Connection:
 
     def _open_session(self) -> _Session:
         server, configuration = self._load()
-        return _Session(server, configuration, RESTClientObject(configuration).pool_manager)
+        pool = RESTClientObject(configuration).pool_manager
+        # Python 3.13 refuses authorities without certain extensions, which Go, and so every other client, takes.
+        context = create_urllib3_context(cert_reqs=ssl.CERT_REQUIRED if configuration.verify_ssl else ssl.CERT_NONE)
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        pool.connection_pool_kw["ssl_context"] = context
+        return _Session(server, configuration, pool)
 
 
 def connect(
