@@ -19,7 +19,7 @@ DEFAULT_AFFINITY_SECONDS = 10800
 _TOO_MANY_SECONDS = 1 << 53  # in milliseconds, more than 64 bits
 Note = Callable[[str], None]
 
-# Stands for a list of source ranges of which none could be read: nobody sends from these, so nobody is let in.
+# Stands for source ranges that cannot be read and leave a family without any: nobody sends from these addresses.
 _NOBODY = {Family.IPv4: "0.0.0.0/32", Family.IPv6: "::/128"}
 
 
@@ -146,10 +146,10 @@ def _source_ranges(texts: list[str], family: Family, note: Note) -> tuple[str, .
             cidrs.append(canonical_cidr(text))
         except ValueError as error:
             note(f"spec.loadBalancerSourceRanges: {text!r} is left out: {error}")
-    if texts and not cidrs:
-        note("spec.loadBalancerSourceRanges: none of the entries can be read, so nobody is let in")
-        return (_NOBODY[family],)
     ours = tuple(dict.fromkeys(cidr for cidr in cidrs if Family.of(cidr) is family))
+    if not ours and len(cidrs) < len(texts):  # what cannot be read may have been meant for this family
+        note(f"spec.loadBalancerSourceRanges: no {family.name} range can be read, so nobody is let in by it")
+        return (_NOBODY[family],)
     return () if any(cidr.endswith("/0") for cidr in ours) else ours
 
 
