@@ -150,8 +150,7 @@ class Measured(Observer):
             return
         for service in report.services:
             families = {port.family for port in state.service_ports(service)}
-            if not families:
-                continue  # its slices came first
+            # Taken also where nothing is served: slices without a Service would gather them for ever.
             for triggered in state.trigger_times.pop(service, ()):
                 for family in families:
                     self._proxy.observe_network_programming(family, now - triggered)
