@@ -14,6 +14,7 @@ from kproxy.model import Family, Protocol
 from tests.iptables.conftest import Host
 from tests.iptables.services import BOTH, elaborate, entries, everything, plain
 from tests.lab.namespaces import Namespace
+from tests.lab.privileges import NEEDS_WIDE_BUFFERS
 
 FOREIGN = (
     "*filter",
@@ -88,6 +89,7 @@ def test_services_come_and_go_in_one_go_and_the_node_ports_stay_last(host: Host)
     assert not any("svc-9" in line for line in host.saved())
 
 
+@NEEDS_WIDE_BUFFERS
 def test_thousands_of_rules_are_written_and_removed(host: Host) -> None:
     many = entries(*(plain(Family.IPv4, n, n, n + 1000, n + 2000) for n in range(300)))
     host.bring_to(many)
@@ -154,6 +156,7 @@ def test_a_refused_rule_is_shown_with_its_neighbours_and_nothing_is_in_force(hos
     assert diff(wanted, host.read()) == []
 
 
+@NEEDS_WIDE_BUFFERS
 def test_of_a_bulk_load_that_is_refused_nothing_stays(host: Host) -> None:
     host.bring_to(entries())
     saved = host.saved()

@@ -15,6 +15,7 @@ from kproxy.dataplane.iptables.watch import LegacyWatch, NftWatch, watch
 from kproxy.model import Family
 from tests.iptables.conftest import Host, OpenHost
 from tests.iptables.services import elaborate, entries, everything, plain
+from tests.lab.privileges import NEEDS_WIDE_BUFFERS
 
 WAIT = 10.0
 PERIOD = 30.0
@@ -123,6 +124,7 @@ def test_our_own_writes_and_others_business_are_no_touch_in_the_nft_variant(nft:
     assert heard.empty()
 
 
+@NEEDS_WIDE_BUFFERS
 def test_more_of_our_own_writes_than_can_be_received_are_no_touch(nft: Host) -> None:
     watching = nft.netns.run(watch, nft.kernel, PERIOD)
     assert isinstance(watching, NftWatch)

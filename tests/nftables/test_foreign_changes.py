@@ -16,6 +16,7 @@ from kproxy.dataplane.nftables.monitor import Monitor
 from kproxy.dataplane.nftables.ruleset import Chain, ChainKey, SetKey, Table, TableKey, UnknownSet
 from kproxy.model import Family
 from tests.lab.namespaces import Namespace
+from tests.lab.privileges import NEEDS_WIDE_BUFFERS
 from tests.nftables.conftest import WITHOUT_OWNER, OpenKernel
 from tests.nftables.samples import BOTH, address, empty_layout, endpoint_key, everything
 
@@ -178,6 +179,7 @@ def test_a_large_transaction_of_ours_does_not_drown_a_foreign_change(
     assert watch.rest() == []
 
 
+@NEEDS_WIDE_BUFFERS
 def test_a_flood_of_foreign_changes_is_noticed_though_it_is_lost(watch: Watched, netns: Namespace):
     many = ", ".join(f"192.0.{n >> 8}.{n & 255}" for n in range(20_000))
     netns.command("nft", "-f", "-", stdin=f"add element ip kproxy cluster-ips {{ {many} }}")
