@@ -74,7 +74,8 @@ class ManifestFiles:
 
     def _paths(self) -> list[Path]:
         if not self.path.is_dir():
-            return [self.path] if self.path.exists() else []
+            self.path.stat()  # what was named and has gone is trouble, and no order to take everything back
+            return [self.path]
         return sorted(
             path
             for path in self.path.iterdir()
