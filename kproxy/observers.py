@@ -44,7 +44,9 @@ class Logged(Observer):
         )
         if report.drift:
             log.warning(
-                "repaired what someone else had changed in the kernel",
+                "repaired what someone else had changed in the kernel"
+                if report.changes
+                else "someone else has changed the kernel to what it should hold; is another kproxy running?",
                 **{_FOUND[change]: count for change, count in report.drift.items()},
             )
         for service, reason in report.quarantined.items():
