@@ -107,11 +107,12 @@ def test_what_goes_to_standard_output_meanwhile_is_not_swallowed(
     writer = threading.Thread(target=write)
     writer.start()
     rules = needed_rules(Family.IPv4)["nat"] * 5
-    netns.run(
-        library.write, [Commit("nat", [Command(":", CHAIN, None), *(Command("-A", CHAIN, None, r) for r in rules)])]
-    )
-    stop.set()
-    writer.join()
+    commit = Commit("nat", [Command(":", CHAIN, None), *(Command("-A", CHAIN, None, r) for r in rules)])
+    try:
+        netns.run(library.write, [commit])
+    finally:
+        stop.set()
+        writer.join()
     assert capfd.readouterr().out.count("x") == len(written)
 
 
