@@ -210,7 +210,7 @@ class HttpServer:
         for attempt in due:
             try:
                 attempt()
-            except Exception:
+            except Exception:  # of the caller's callback: the probes of the other addresses must go on
                 log.exception("reporting a failed bind failed")
 
     def _listen(self, address: ListenAddress, handler: Handler) -> Listener:
@@ -387,6 +387,6 @@ class HttpServer:
 def _guarded(function: Callable[[], _T], request: Request) -> _T | Response:
     try:
         return function()
-    except Exception:
+    except Exception:  # a fault in one answer must not end the thread that gives all of them
         log.exception("an HTTP handler failed", method=request.method, path=request.path)
         return text(500, "500 Internal Server Error: see the log\n")

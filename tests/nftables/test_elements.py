@@ -141,7 +141,7 @@ def test_a_reader_never_sees_half_a_transaction(kernel: NftablesKernel, open_ker
 
     def write() -> None:
         here, there = "services", "no-endpoints"
-        while not enough.wait(0.005):
+        while not enough.wait(0.002):
             kernel.apply([Change(key[there], None, ("drop", "")), Change(key[here], ("drop", ""), None)])
             here, there = there, here
 
