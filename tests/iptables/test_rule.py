@@ -20,10 +20,12 @@ from kproxy.dataplane.iptables.rule import (
     Match,
     Network,
     Nfacct,
+    NotBridged,
     OpaqueRule,
     Recent,
     Rule,
     SetMark,
+    SetMatch,
     Statistic,
     Target,
     Transport,
@@ -33,6 +35,8 @@ from kproxy.model import Family
 from tests.conftest import MakeNetns
 from tests.iptables.tables import read_tables, restore_text
 
+SETS = {Family.IPv4: "KUBE-LOOP-BACK", Family.IPv6: "KUBE-6-LOOP-BACK"}
+FAMILIES = {Family.IPv4: "inet", Family.IPv6: "inet6"}
 SAVED = [
     "",
     "-j RETURN",
@@ -54,6 +58,9 @@ SAVED = [
     "-m conntrack --ctstate INVALID -m nfacct --nfacct-name  ct_state_invalid_dropped_pkts -j DROP",
     '-m comment --comment "it\\\'s \\"quoted\\" \\\\ twice"',
     '-m comment --comment "!"',
+    "-p sctp -m set --match-set KUBE-NODE-PORT-SCTP-HASH dst,dst -j KUBE-MARK-MASQ",
+    "-m set --match-set KUBE-EXTERNAL-IP dst,dst -m physdev ! --physdev-is-in -m addrtype ! --src-type LOCAL -j ACCEPT",
+    "-s 192.0.2.1/32 -m ipvs --vproto 6 --vaddr 192.0.2.1 --vport 80 -j DROP",
 ]
 
 
@@ -89,6 +96,11 @@ def test_what_was_saved_is_understood_and_printed_the_same(text: str) -> None:
         ),
         ("-p 6 -m tcp -j DROP", "-p tcp -m tcp -j DROP", Family.IPv4),
         ("-s ::ffff:10.0.0.1/128 -j DROP", "-s ::ffff:a00:1/128 -j DROP", Family.IPv6),
+        (
+            "-m ipvs --vaddr ::10.0.0.1 --vproto tcp --vport 80 -j DROP",
+            "-m ipvs --vproto 6 --vaddr ::a00:1 --vport 80 -j DROP",
+            Family.IPv6,
+        ),
     ],
 )
 def test_what_is_given_is_the_same_rule_as_what_is_saved(given: str, saved: str, family: Family) -> None:
@@ -122,6 +134,15 @@ def test_what_is_given_is_the_same_rule_as_what_is_saved(given: str, saved: str,
         "-j DNAT --to-destination 10.0.0.1:80 --to-destination 10.0.0.2:80",
         "-j MASQUERADE --to-ports 1024-2048",
         "-s 10.0.0.0/255.0.255.0 -j DROP",
+        "-m set ! --match-set KUBE-CLUSTER-IP dst,dst -j RETURN",
+        "-m set --match-set KUBE-CLUSTER-IP dst,dst --return-nomatch -j RETURN",
+        "-m set --match-set KUBE-CLUSTER-IP",
+        "-m physdev --physdev-is-in -j RETURN",
+        "-m physdev --physdev-in eth0 -j RETURN",
+        "-m ipvs --ipvs -j RETURN",
+        "-m ipvs --vproto 6 --vaddr 10.0.0.1 -j RETURN",
+        "-m ipvs --vproto 6 --vaddr 10.0.0.0/8 --vport 80 -j RETURN",
+        "-m ipvs --vproto 6 ! --vaddr 10.0.0.1 --vport 80 -j RETURN",
         "-m comment --comment",
         "-j",
         "!",
@@ -170,12 +191,14 @@ def rules(family: Family) -> st.SearchStrategy[Rule]:
     matches: st.SearchStrategy[Match] = st.one_of(
         st.builds(Comment, texts),
         st.builds(Conntrack, st.sampled_from(["NEW", "INVALID", "RELATED,ESTABLISHED"]), st.booleans()),
-        st.builds(AddressType, source=st.just("LOCAL")),
+        st.builds(AddressType, source=st.just("LOCAL"), source_inverted=st.booleans()),
         st.builds(AddressType, destination=st.just("LOCAL")),
         st.builds(lambda value, rest, no: MarkMatch(value, value | rest, no), marks, marks, st.booleans()),
         st.builds(Statistic, st.integers(1, 5000).map(probability)),
         st.builds(Recent, names, st.just(HOST_MASK[family]), st.integers(0, 86400)),
         st.builds(Nfacct, st.sampled_from([INVALID_DROPPED, LOCALHOST_ACCEPTED])),
+        st.builds(SetMatch, st.just(SETS[family]), st.sampled_from(["dst", "src,dst", "dst,dst,src"])),
+        st.just(NotBridged()),
     )
 
     def to(address: str, port: int) -> Dnat:
@@ -227,6 +250,7 @@ def test_the_kernel_gives_back_what_was_written(
     chains = {"KUBE-SERVICES": [], "KUBE-SVC-XPGD46QRK7WJZT7O": [], "KUBE-EXT-XPGD46QRK7WJZT7O": written}
     netns = make_netns()
     netns.run(ensure_counters, (INVALID_DROPPED, LOCALHOST_ACCEPTED))
+    netns.command("ipset", "create", SETS[family], "hash:ip,port,ip", "family", FAMILIES[family])
 
     netns.command(f"{command}-restore", stdin=restore_text({"nat": chains}))
 

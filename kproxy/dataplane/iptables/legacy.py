@@ -19,7 +19,7 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -38,13 +38,16 @@ from kproxy.dataplane.iptables.rule import (
     Masquerade,
     Match,
     Nfacct,
+    NotBridged,
     Recent,
     Reject,
     Rule,
     SetMark,
+    SetMatch,
     Statistic,
     Target,
     Transport,
+    VirtualServerMatch,
 )
 from kproxy.dataplane.iptables.xtables_lock import LockedError, lock_path, xtables_lock
 from kproxy.model import Family
@@ -203,15 +206,15 @@ def _inverted(value: str, inverted: bool) -> str:
     return f"!{value}" if inverted else value
 
 
-def _match(match: Match) -> tuple[str, dict[str, str]]:
+def _match(match: Match) -> tuple[str, Mapping[str, str | list[str]]]:
     """The extension of a match, with its options."""
     match match:
         case Comment(text):
             return "comment", {"comment": text}
         case Conntrack(states, inverted):
             return "conntrack", {"ctstate": _inverted(states, inverted)}
-        case AddressType(source, destination):
-            kinds = {"src-type": source, "dst-type": destination}
+        case AddressType(source, destination, inverted):
+            kinds = {"src-type": _inverted(source, inverted), "dst-type": destination}
             return "addrtype", {option: kind for option, kind in kinds.items() if kind}
         case MarkMatch(value, mask, inverted):
             return "mark", {"mark": _inverted(f"{value:#x}/{mask:#x}", inverted)}
@@ -224,6 +227,12 @@ def _match(match: Match) -> tuple[str, dict[str, str]]:
             return "nfacct", {"nfacct-name": name}
         case Transport(protocol, port):
             return protocol, {"dport": str(port)} if port else {}
+        case SetMatch(name, parts):
+            return "set", {"match-set": [name, parts]}
+        case NotBridged():
+            return "physdev", {"physdev-is-in": "!"}
+        case VirtualServerMatch(protocol, address, port):
+            return "ipvs", {"vproto": protocol, "vaddr": address, "vport": str(port)}
 
 
 def _target(target: Target | None) -> tuple[str, dict[str, str]]:

@@ -12,6 +12,7 @@ from ipaddress import ip_network
 from kproxy.dataplane.iptables.rule import (
     ALL_BITS,
     PROBABILITY_ONE,
+    PROTOCOL_NUMBERS,
     AddressType,
     AnyRule,
     Comment,
@@ -24,20 +25,23 @@ from kproxy.dataplane.iptables.rule import (
     Match,
     Network,
     Nfacct,
+    NotBridged,
     OpaqueRule,
     Recent,
     Reject,
     Rule,
     SetMark,
+    SetMatch,
     Statistic,
     Target,
     Transport,
+    VirtualServerMatch,
 )
 from kproxy.model import Family
 
 HOST_MASK = {Family.IPv4: "255.255.255.255", Family.IPv6: ":".join(["ffff"] * 8)}
 REJECT_REPLY = {Family.IPv4: "icmp-port-unreachable", Family.IPv6: "icmp6-port-unreachable"}
-TRANSPORTS = {"tcp": "tcp", "udp": "udp", "sctp": "sctp", "6": "tcp", "17": "udp", "132": "sctp"}
+TRANSPORTS = {name: name for name in PROTOCOL_NUMBERS} | {str(n): name for name, n in PROTOCOL_NUMBERS.items()}
 
 _TOKEN = re.compile(r'"((?:[^"\\]|\\.)*)"|(\S+)')
 _ESCAPE = re.compile(r"\\(.)")
@@ -60,9 +64,15 @@ _OPTIONS: dict[str, str] = {
     "--mask": "recent",
     "--rsource": "recent",
     "--nfacct-name": "nfacct",
+    "--match-set": "set",
+    "--physdev-is-in": "physdev",
+    "--vproto": "ipvs",
+    "--vaddr": "ipvs",
+    "--vport": "ipvs",
 }
 _TARGET_OPTIONS = {"--to-destination", "--set-xmark", "--or-mark", "--xor-mark", "--random-fully", "--reject-with"}
-_FLAGS = {"--set", "--rcheck", "--reap", "--rsource", "--random-fully"}
+_FLAGS = {"--set", "--rcheck", "--reap", "--rsource", "--random-fully", "--physdev-is-in"}
+_PAIRS = {"--match-set"}  # these take two words
 
 _Options = dict[str, str]
 
@@ -105,6 +115,8 @@ class _Parser:
             value = "" if word in _FLAGS else next(words, None)
             if value is None:
                 raise _UnknownError
+            if word in _PAIRS:
+                value = f"{value} {next(words, '')}"
             if word in ("-s", "-d") and word not in networks:
                 networks[word] = self._network(value, inverted)
             elif word == "-i" and interface is None:
@@ -150,6 +162,12 @@ class _Parser:
             return Network(str(ip_network(f"{address}/{length}")), inverted)
         return Network(f"{address}/{bits}", inverted)
 
+    def _host(self, text: str) -> str:
+        address, _, length = self._network(text, inverted=False).cidr.partition("/")
+        if int(length) != self.family.bits:
+            raise _UnknownError
+        return address
+
     def _match(self, name: str, options: _Options, protocol: str) -> Match:
         """The match; takes the options that it has from `options`."""
         match name:
@@ -165,13 +183,28 @@ class _Parser:
                 inverted = "! --ctstate" in options
                 return Conntrack(options.pop("! --ctstate" if inverted else "--ctstate"), inverted)
             case "addrtype":
-                return AddressType(options.pop("--src-type", ""), options.pop("--dst-type", ""))
+                inverted = "! --src-type" in options
+                source = options.pop("! --src-type" if inverted else "--src-type", "")
+                return AddressType(source, options.pop("--dst-type", ""), inverted)
             case "mark":
                 inverted = "! --mark" in options
                 value, mask = _value_and_mask(options.pop("! --mark" if inverted else "--mark"))
                 return MarkMatch(value, mask, inverted)
             case "nfacct":
                 return Nfacct(options.pop("--nfacct-name"))
+            case "set":
+                set_name, parts = options.pop("--match-set").split(" ")
+                if not set(parts.split(",")) <= {"src", "dst"}:
+                    raise _UnknownError
+                return SetMatch(set_name, parts)
+            case "physdev":
+                options.pop("! --physdev-is-in")
+                return NotBridged()
+            case "ipvs":
+                protocol = TRANSPORTS[options.pop("--vproto")]
+                return VirtualServerMatch(
+                    protocol, self._host(options.pop("--vaddr")), _positive(options.pop("--vport"))
+                )
             case _:
                 raise _UnknownError
 

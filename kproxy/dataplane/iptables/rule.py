@@ -12,10 +12,13 @@ from typing import ClassVar
 
 import msgspec
 
+from kproxy.model import Protocol
+
 _UNQUOTED = re.compile(r"[A-Za-z0-9_-]+")
 _ESCAPED = re.compile(r"""(["'\\])""")
 PROBABILITY_ONE = 1 << 31
 ALL_BITS = 0xFFFFFFFF
+PROTOCOL_NUMBERS = {protocol.lower(): protocol.number for protocol in Protocol}
 
 
 class Network(msgspec.Struct, frozen=True, gc=False):
@@ -56,9 +59,10 @@ class AddressType(msgspec.Struct, frozen=True, gc=False):
 
     source: str = ""
     destination: str = ""
+    source_inverted: bool = False
 
     def __str__(self) -> str:
-        source = f" --src-type {self.source}" if self.source else ""
+        source = f"{' !' if self.source_inverted else ''} --src-type {self.source}" if self.source else ""
         destination = f" --dst-type {self.destination}" if self.destination else ""
         return f"-m addrtype{source}{destination}"
 
@@ -118,7 +122,47 @@ class Transport(msgspec.Struct, frozen=True, gc=False):
         return f"-m {self.protocol} --dport {self.destination_port}" if self.destination_port else f"-m {self.protocol}"
 
 
-Match = Comment | Conntrack | AddressType | MarkMatch | Statistic | Recent | Nfacct | Transport
+class SetMatch(msgspec.Struct, frozen=True, gc=False):
+    """`-m set`: these parts of the packet together are a member of an ipset."""
+
+    name: str
+    parts: str  # src or dst for each dimension of the set: dst,dst
+
+    def __str__(self) -> str:
+        return f"-m set --match-set {self.name} {self.parts}"
+
+
+class NotBridged(msgspec.Struct, frozen=True, gc=False):
+    """`-m physdev ! --physdev-is-in`: the packet did not come in through a port of a bridge."""
+
+    def __str__(self) -> str:
+        return "-m physdev ! --physdev-is-in"
+
+
+class VirtualServerMatch(msgspec.Struct, frozen=True, gc=False):
+    """`-m ipvs`: the packet's connection goes through a virtual server of IPVS."""
+
+    protocol: str  # tcp, udp or sctp
+    address: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"-m ipvs --vproto {PROTOCOL_NUMBERS[self.protocol]} --vaddr {self.address} --vport {self.port}"
+
+
+Match = (
+    Comment
+    | Conntrack
+    | AddressType
+    | MarkMatch
+    | Statistic
+    | Recent
+    | Nfacct
+    | Transport
+    | SetMatch
+    | NotBridged
+    | VirtualServerMatch
+)
 
 
 class Jump(msgspec.Struct, frozen=True, gc=False):
