@@ -170,6 +170,7 @@ class Route(msgspec.Struct, frozen=True):
     cluster: tuple[Endpoint, ...] = ()
     local: tuple[Endpoint, ...] = ()
     has_any: bool = False  # a usable endpoint exists somewhere, even if policy excludes it here
+    here: tuple[Endpoint, ...] = ()  # endpoints on this node in any condition, for the hairpin set of ipvs mode
     ready_here: tuple[str, ...] = ()  # addresses of ready endpoints on this node, for a health check node port
     topology: TopologyMode = TopologyMode.NONE
     topology_reason: str = ""  # why hints were or were not followed
@@ -228,6 +229,7 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     ips: dict[Family, str] = {}  # primary node addresses, where known
     detectors: dict[Family, LocalDetector] = {}
     node_port_addresses: dict[Family, tuple[str, ...] | None] = {}  # this node's; None or absent: every local one
+    addresses: dict[Family, tuple[str, ...]] = {}  # this node's, but for loopback and those of Services; ipvs mode only
     service_cidrs: dict[Family, tuple[str, ...]] = {}
     masquerade_all: bool = False
     masquerade_bit: int = 14

@@ -37,6 +37,7 @@ def route(
         cluster=tuple(cluster),
         local=tuple(local),
         has_any=has_any,
+        here=tuple(e for e in endpoints if e.local),
         ready_here=tuple(e.address for e in ready if e.local) if service_port.health_check_node_port else (),
         topology=mode,
         topology_reason=reason,

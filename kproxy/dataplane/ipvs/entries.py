@@ -13,6 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from kproxy.dataplane.base import Key
+from kproxy.dataplane.iptables.entries import EXISTS as EXISTS  # its chains and jumps, too, are keys of this mode
 from kproxy.dataplane.iptables.names import Table
 from kproxy.dataplane.ipvs import names
 from kproxy.model import Family, Protocol, join_host_port

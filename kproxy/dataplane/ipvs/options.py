@@ -1,0 +1,15 @@
+"""What ipvs mode depends on beside the node's facts."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """Chosen at start from the configuration and from what the machine can."""
+
+    scheduler: str = ""  # of virtual servers, as the kernel calls it; empty: rr
+    random_fully: bool = True  # the MASQUERADE target knows --random-fully (iptables 1.6.2)
+    # A policy Local without endpoint on this node is served by endpoints elsewhere, as kube-proxy does in this mode;
+    # otherwise such a virtual server has no real server. Replies to outside clients would come from the wrong address.
+    stock_local_fallback: bool = False
