@@ -28,6 +28,7 @@ class Facts:
         state: ClusterState,
         local_addresses: Callable[[], frozenset[str]],
         warn: Callable[[str], None],
+        large_families: Callable[[], frozenset[Family]] = frozenset,
     ) -> None:
         self._configuration = configuration
         self._settings = mode_settings(configuration, mode)
@@ -35,6 +36,7 @@ class Facts:
         self._state = state
         self._local_addresses = local_addresses
         self._warn = warn
+        self._large_families = large_families
         self._warned = ""
         self._pod_cidrs: tuple[str, ...] = ()
 
@@ -67,6 +69,7 @@ class Facts:
                 for family, cidrs in chosen.items()
             },
             service_cidrs={family: self._state.service_cidrs(family) for family in self._families},
+            large_families=self._large_families(),
             masquerade_all=self._settings.masquerade_all,
             masquerade_bit=self._settings.masquerade_bit,
         )

@@ -5,46 +5,47 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from kproxy.dataplane.nftables.kernel import NftablesKernel
-from kproxy.dataplane.nftables.monitor import Monitor
+from kproxy.modes.base import Mode, Watch
 from kproxy.proxy import Observer
 from kproxy.reconcile import SyncReport
 
 
 class Guarded(Observer):
-    """Watches the tables while they are not ours alone; `touched` is told who changed them, from another thread.
+    """Watches while others could change what is ours; `touched` is told who did, from another thread.
 
-    While anyone on the machine listens, the kernel makes a message of every element that is written (about 20 µs), so
-    there is no watch during a first load, and none once the tables are owned.
+    While anyone on the machine listens, the kernel makes a message of every nftables element that is written (about
+    20 µs), so there is no watch during a first load.
     """
 
-    def __init__(self, kernel: NftablesKernel, touched: Callable[[str], None]) -> None:
-        self._kernel = kernel
+    def __init__(self, mode: Mode, touched: Callable[[str], None]) -> None:
+        self._mode = mode
         self._touched = touched
-        self._monitor: Monitor | None = None
-        self._protected = False
+        self._watch: Watch | None = None
+        self._safe = False
 
     def start(self) -> None:
         """Begin, if there is something to watch already. Raises OSError."""
-        if self._kernel.tables():
-            self._watch()
+        if self._mode.is_exposed():
+            self._begin()
 
     def sync_done(self, report: SyncReport, seconds: float) -> None:  # noqa: ARG002 - of the protocol
         """See `kproxy.proxy.Observer`."""
-        if self._protected or (self._monitor and not report.changes):
+        if self._safe or (self._watch and not report.changes):
             return
-        self._protected = self._kernel.protected()
-        if not self._protected and self._monitor is None:
-            self._watch()
-        elif self._protected and self._monitor:
-            self._monitor.stop()
+        self._safe = not self._mode.is_exposed()
+        if not self._safe and self._watch is None:
+            self._begin()
+        elif self._safe and self._watch:
+            self._watch.stop()
 
-    def _watch(self) -> None:
-        self._monitor = monitor = Monitor([self._kernel.port])
+    def _begin(self) -> None:
+        self._watch = watch = self._mode.watch()
 
         def follow() -> None:
-            with monitor:
-                for who in monitor.touches():
+            try:
+                for who in watch.touches():
                     self._touched(who)
+            finally:
+                watch.close()
 
         threading.Thread(target=follow, name="kernel-watch", daemon=True).start()

@@ -231,6 +231,7 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     node_port_addresses: dict[Family, tuple[str, ...] | None] = {}  # this node's; None or absent: every local one
     addresses: dict[Family, tuple[str, ...]] = {}  # this node's, but for loopback and those of Services; ipvs mode only
     service_cidrs: dict[Family, tuple[str, ...]] = {}
+    large_families: frozenset[Family] = frozenset()  # with so many endpoints that iptables rules have no comments
     masquerade_all: bool = False
     masquerade_bit: int = 14
 

@@ -16,11 +16,10 @@ from kproxy import events
 from kproxy.api.objects import Kind, Node
 from kproxy.cluster import ClusterState
 from kproxy.conntrack import Conntrack, ConntrackError, UDPService
-from kproxy.dataplane.base import ApplyError
 from kproxy.events import EventRecorder
 from kproxy.health.proxy import ProxyHealth
 from kproxy.health.services import ServiceHealthChecks
-from kproxy.metrics.families import NftablesMetrics, OwnMetrics, ProxyMetrics, StateAge
+from kproxy.metrics.families import OwnMetrics, ProxyMetrics, StateAge
 from kproxy.model import Family, ServiceName
 from kproxy.node_addresses import matching
 from kproxy.proxy import Observer
@@ -97,7 +96,6 @@ class Measured(Observer):
         families: Sequence[Family],
         *,
         proxy: ProxyMetrics,
-        nftables: NftablesMetrics,
         own: OwnMetrics,
         age: StateAge,
         now: Callable[[], float] = time.time,
@@ -105,7 +103,6 @@ class Measured(Observer):
         self._reconciler = reconciler
         self._families = families
         self._proxy = proxy
-        self._nftables = nftables
         self._own = own
         self._age = age
         self._now = now
@@ -160,8 +157,6 @@ class Measured(Observer):
     def sync_failed(self, error: Exception, seconds: float) -> None:
         for family in self._families:
             self._proxy.sync_duration.labels(family.name).observe(seconds)
-            if isinstance(error, ApplyError):
-                self._nftables.sync_failures.labels(family.name).inc()
 
     def alive(self, kind: Kind) -> None:
         self._age.alive(kind)

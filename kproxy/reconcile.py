@@ -106,7 +106,7 @@ class Reconciler:
         """The node is different now; what follows from it goes in with the next sync."""
         if facts == self.facts:
             return
-        if facts.ips != self.facts.ips:
+        if self._dataplane.rerenders(self.facts, facts):
             self.state.mark_all_dirty()
         self.facts = facts
         self._fixed = self._dataplane.render_base(facts)

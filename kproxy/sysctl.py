@@ -82,14 +82,22 @@ def apply(settings: Iterable[Setting], root: Path = Path("/")) -> list[Setting]:
     for setting in settings:
         file = root / setting.path
         try:
-            current = int(file.read_text())
-            if current == setting.value or (setting.at_least and current > setting.value):
+            now = int(file.read_text())
+            if now == setting.value or (setting.at_least and now > setting.value):
                 continue
             file.write_text(f"{setting.value}\n")
         except (OSError, ValueError) as e:
             raise SysctlError(_explain(setting, file, e)) from e
         written.append(setting)
     return written
+
+
+def current(path: str, root: Path = Path("/")) -> int:
+    """What a file below the root directory holds; 0 where the kernel does not have it. Raises OSError."""
+    try:
+        return int((root / path).read_text())
+    except FileNotFoundError:
+        return 0
 
 
 def _explain(setting: Setting, file: Path, error: OSError | ValueError) -> str:

@@ -11,12 +11,11 @@ from kproxy.cli import difference
 from kproxy.cli.assembly import gather, machine, source
 from kproxy.cli.invocation import Invocation, UsageError
 from kproxy.config.v1alpha1 import Configuration
-from kproxy.dataplane.base import Change
-from kproxy.dataplane.nftables.describe import describe
-from kproxy.dataplane.nftables.kernel import NftablesKernel
+from kproxy.dataplane.base import ApplyError, UnsupportedError
 from kproxy.explain import Action, Node, Packet, explain
 from kproxy.model import Family, Protocol, canonical_address
-from kproxy.node_addresses import local_addresses
+from kproxy.modes.remains import Succession, places
+from kproxy.node_addresses import local_addresses, supported_families
 from kproxy.observers import Cleaned, Logged
 
 log = structlog.get_logger(__name__)
@@ -54,6 +53,7 @@ def sync_once(invocation: Invocation) -> int:
     for observer in (Logged(), cleaned):
         observer.sync_done(report, seconds)
     cleaned.clean_now()
+    Succession(parts.families, parts.mode).remove_now()
     return 1 if parts.reconciler.quarantine else 0
 
 
@@ -62,23 +62,47 @@ def dry_run(invocation: Invocation, *, as_json: bool, color: bool) -> int:
     parts = machine(invocation, writes=False)
     gather(parts, source(invocation)[0])
     differences = parts.reconciler.plan()
+    dataplane = parts.opened.dataplane
+    found = (place() for place in places(parts.families, but=parts.mode))
+    remains = [what for what in found if what]
     mode, node = parts.mode.value, parts.state.node_name
     if as_json:
-        print(difference.as_json(differences, parts.dataplane, mode=mode, node=node))
+        print(difference.as_json(differences, remains, dataplane, mode=mode, node=node))
     else:
-        for line in difference.as_text(differences, parts.dataplane, mode=mode, node=node, color=color):
+        for line in difference.as_text(differences, remains, dataplane, mode=mode, node=node, color=color):
             print(line)
-    return 1 if differences else 0
+    return 1 if differences or remains else 0
 
 
-def clean_up() -> None:
-    """Remove our tables and those of kube-proxy's nftables mode, in one transaction. Raises ApplyError."""
-    with NftablesKernel(tuple(Family)) as kernel:
-        tables = kernel.tables()
-        if tables:
-            kernel.apply([Change(key, value, None) for key, value in tables.items()])
-    for key, value in tables.items():
-        print(f"removed {describe(key, value)}")
+def clean_up(*, only_list: bool) -> int:
+    """Remove what a kproxy or kube-proxy left in any mode, or list it.
+
+    What cannot be removed does not keep the rest; it is told at the end. Returns 1 if something is only listed. Raises
+    ApplyError.
+    """
+    faults = []
+    found = []
+    for place in places(supported_families()):
+        try:
+            remains = place()
+            if remains is None:
+                continue
+            if not only_list:
+                remains.remove()
+            found.append(remains)
+        except PermissionError:  # nothing else will be permitted
+            raise
+        except (ApplyError, UnsupportedError, OSError) as error:
+            faults.append(str(error))
+    done = "would remove" if only_list else "removed"
+    for what in found:
+        for change in what.changes:
+            print(f"{done} {what.describe(change.key, change.old)}")
+    if faults:
+        raise ApplyError("\n".join(faults))
+    if not found:
+        print("there is nothing of kproxy's or kube-proxy's in the kernel")
+    return 1 if found and only_list else 0
 
 
 def explain_packet(invocation: Invocation) -> int:

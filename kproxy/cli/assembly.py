@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -19,10 +19,10 @@ from kproxy.config.defaults import with_mode
 from kproxy.config.errors import ConfigError
 from kproxy.config.v1alpha1 import Configuration, ProxyMode
 from kproxy.dataplane.base import UnsupportedError
-from kproxy.dataplane.nftables.dataplane import NftablesDataplane
-from kproxy.dataplane.nftables.kernel import COUNTED_ENDPOINTS, NftablesKernel
 from kproxy.facts import Facts
 from kproxy.model import Family, NodeFacts
+from kproxy.modes.base import Mode
+from kproxy.modes.remains import in_place
 from kproxy.node_addresses import local_addresses, supported_families
 from kproxy.proxy import StartError
 from kproxy.reconcile import Reconciler
@@ -43,18 +43,41 @@ def node_name(configuration: Configuration) -> str:
     return name
 
 
-def chosen_mode(configuration: Configuration) -> ProxyMode:
-    """The proxy mode. Raises UnsupportedError for modes that this version does not have."""
-    mode = configuration.mode or ProxyMode.NFTABLES
-    if mode is not ProxyMode.NFTABLES:
-        raise UnsupportedError(f"proxy mode {mode.value} is not available in this version; use nftables")
-    return mode
+def _open_mode(invocation: Invocation, families: Sequence[Family], *, writes: bool) -> tuple[ProxyMode, Mode]:
+    """The mode that is asked for, open. Raises UnsupportedError and OSError.
+
+    Where none is asked for: nftables if the kernel can, else iptables; if nothing is to be written, that which is in
+    place.
+    """
+    mode = invocation.configuration.mode
+    if mode is None and not writes:
+        mode = in_place(families)
+        if mode is ProxyMode.IPTABLES:
+            log.warning(f"no mode is given; comparing with {mode.value} mode, whose rules are in place")
+    if mode is None or mode is ProxyMode.NFTABLES:
+        try:
+            return ProxyMode.NFTABLES, _open_nftables(invocation, families, writes=writes)
+        except UnsupportedError as error:
+            if mode:
+                raise
+            log.warning("nftables mode, the default, is not possible here; taking iptables mode", reason=str(error))
+    if mode is ProxyMode.IPVS:
+        raise UnsupportedError(f"proxy mode {mode.value} is not available in this version; use nftables or iptables")
+    from kproxy.modes.iptables import Iptables
+
+    configuration = with_mode(invocation.configuration, ProxyMode.IPTABLES)
+    return ProxyMode.IPTABLES, Iptables(configuration, families, writes=writes)
 
 
-def counted_endpoints(invocation: Invocation) -> int:
-    """How many endpoints a map may begin with to have counters; 0: nothing is counted."""
+def _open_nftables(invocation: Invocation, families: Sequence[Family], *, writes: bool) -> Mode:
+    from kproxy.dataplane.nftables.kernel import COUNTED_ENDPOINTS
+    from kproxy.modes.nftables import Nftables
+
     metrics = invocation.settings.service_metrics
-    return max(COUNTED_ENDPOINTS, metrics.limit) if metrics.enabled else 0
+    opened = Nftables(families, max(COUNTED_ENDPOINTS, metrics.limit) if metrics.enabled else 0)
+    if writes:
+        opened.kernel.probe()
+    return opened
 
 
 class Machine(msgspec.Struct):
@@ -64,8 +87,7 @@ class Machine(msgspec.Struct):
     mode: ProxyMode
     families: tuple[Family, ...]
     state: ClusterState
-    kernel: NftablesKernel
-    dataplane: NftablesDataplane
+    opened: Mode
     facts: Facts
     reconciler: Reconciler
 
@@ -76,16 +98,13 @@ def machine(
     writes: bool,
     addresses: Callable[[], frozenset[str]] = local_addresses,
 ) -> Machine:
-    """Everything but the source. `writes`: try first whether the kernel can do what the mode needs.
+    """Everything but the source. `writes`: make ready for writing, and try first whether the kernel can do it.
 
     Raises UnsupportedError, ConfigError and OSError.
     """
-    mode = chosen_mode(invocation.configuration)
-    configuration = with_mode(invocation.configuration, mode)
     families = supported_families()
-    kernel = NftablesKernel(families, counted_endpoints=counted_endpoints(invocation))
-    if writes:
-        kernel.probe()
+    mode, opened = _open_mode(invocation, families, writes=writes)
+    configuration = with_mode(invocation.configuration, mode)
 
     def note(text: str) -> None:
         log.warning(text)
@@ -98,18 +117,16 @@ def machine(
         allow_external_ips=configuration.allow_external_ips,
     )
     warn = note if invocation.action is Action.RUN else _ignore
-    facts = Facts(configuration, mode, families, state, addresses, warn)
-    dataplane = NftablesDataplane(kernel)
+    facts = Facts(configuration, mode, families, state, addresses, warn, opened.large_families(state))
     provisional = facts() or NodeFacts(name=state.node_name, families=families)
     return Machine(
         configuration,
         mode,
         families,
         state,
-        kernel,
-        dataplane,
+        opened,
         facts,
-        Reconciler(state, dataplane, provisional),
+        Reconciler(state, opened.dataplane, provisional),
     )
 
 

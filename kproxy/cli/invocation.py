@@ -44,6 +44,7 @@ class Invocation(msgspec.Struct, frozen=True, kw_only=True):
     master: str = ""
     output: Output = Output.TEXT
     color: Color = Color.AUTO
+    only_list: bool = False  # `--cleanup` with `--dry-run`
     operands: tuple[str, ...] = ()  # of `explain`
     warnings: tuple[str, ...] = ()
 
@@ -95,6 +96,7 @@ def parse(argv: Sequence[str]) -> Invocation:
         write_config_to=Path(given["write-config-to"]) if given.get("write-config-to") else None,
         master=given.get("master", ""),
         output=given.get("output", Output.TEXT),
+        only_list=action is Action.CLEANUP and bool(given.get("dry-run")),
         color=given.get("color", Color.AUTO),
         operands=operands,
         warnings=tuple(warnings),
@@ -140,6 +142,8 @@ def _action(given: Mapping[str, Any], operands: tuple[str, ...]) -> tuple[Action
         operands = ()
     if asked.keys() == {"--dry-run", "--once"}:  # a dry run happens once
         return Action.DRY_RUN, operands, problems
+    if asked.keys() == {"--dry-run", "--cleanup"}:
+        return Action.CLEANUP, operands, problems
     if len(asked) > 1:
         problems.append(f"{' and '.join(asked)} cannot be combined")
     return next(iter(asked.values()), Action.RUN), operands, problems

@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"kproxy: {problem}", file=sys.stderr)
         print("kproxy: see kproxy --help", file=sys.stderr)
         return 2 if any(word.partition("=")[0] == "--dry-run" for word in argv) else 1
-    failed = 2 if invocation.action is Action.DRY_RUN else 1
+    failed = 2 if invocation.action is Action.DRY_RUN or invocation.only_list else 1
     config = invocation.configuration.logging
     # Who asks for something once is a person, as a rule.
     by_itself: logs.LogFormat | None = None if invocation.action is Action.RUN else "text"
@@ -101,7 +101,7 @@ def _act(invocation: Invocation) -> int:
         case Action.INIT_ONLY:
             actions.initialise(invocation.configuration)
         case Action.CLEANUP:
-            actions.clean_up()
+            return actions.clean_up(only_list=invocation.only_list)
         case Action.ONCE:
             return actions.sync_once(invocation)
         case Action.DRY_RUN:

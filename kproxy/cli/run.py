@@ -12,7 +12,7 @@ import structlog
 from kproxy import __version__, events, logs
 from kproxy.api.objects import KINDS, Node, ObjectMeta
 from kproxy.cli import actions
-from kproxy.cli.assembly import Machine, counted_endpoints, machine, source
+from kproxy.cli.assembly import Machine, machine, source
 from kproxy.cli.invocation import Invocation
 from kproxy.config.defaults import advice, mode_settings
 from kproxy.config.feature_gates import FEATURE_GATES, Stage
@@ -26,15 +26,15 @@ from kproxy.http.address import ListenAddress
 from kproxy.http.message import Handler
 from kproxy.http.server import HttpServer
 from kproxy.metrics.connections import ConnectionCounters
-from kproxy.metrics.families import NftablesMetrics, OwnMetrics, ProxyMetrics, Registry, StateAge, register_process
+from kproxy.metrics.families import OwnMetrics, ProxyMetrics, Registry, StateAge, register_process
 from kproxy.metrics.server import metrics_handler
 from kproxy.model import Family, ServiceName
+from kproxy.modes.remains import Succession
 from kproxy.node_addresses import AddressMonitor
 from kproxy.observers import Announced, Cleaned, HealthChecked, Healthy, Logged, Measured
 from kproxy.proxy import Observer, Pace, Proxy, StartError
 from kproxy.reconcile import SyncReport
 from kproxy.sysctl import set_oom_score_adjustment
-from kproxy.traffic import Traffic
 
 log = structlog.get_logger(__name__)
 
@@ -106,7 +106,7 @@ class _Running:
             dropped=self._count_dropped,
         )
         self._cleaned = Cleaned(parts.reconciler, addresses, self._metrics)
-        self._guarded = Guarded(parts.kernel, self._touched)
+        self._guarded = Guarded(parts.opened, self._touched)
         self._proxy = Proxy(
             parts.state,
             parts.reconciler,
@@ -124,7 +124,6 @@ class _Running:
                 parts.reconciler,
                 parts.families,
                 proxy=self._metrics,
-                nftables=NftablesMetrics(self._registry),
                 own=self._own,
                 age=StateAge(self._registry, KINDS),
             ),
@@ -132,6 +131,8 @@ class _Running:
             Announced(self._recorder, parts.state.node_name),
             self._cleaned,
             self._guarded,
+            *parts.opened.observers(self._registry),
+            Succession(parts.families, parts.mode),
             _Thrifty(),
         ]
 
@@ -172,7 +173,7 @@ class _Running:
         self._source.stop()
         self._server.close()
         self._recorder.close(1.0)
-        self._parts.kernel.close()
+        self._parts.opened.close()
         if self._fatal:
             raise StartError(self._fatal)
         log.info("ended; what is in the kernel stays in force", signal=signal.Signals(received[0]).name)
@@ -189,8 +190,8 @@ class _Running:
         if self._invocation.manifests:  # without an API server nobody says that the node is being drained
             self._health.node_changed(Node(metadata=ObjectMeta(name=node)))
         if self._invocation.settings.service_metrics.enabled:
-            traffic = Traffic(self._parts.families, self._parts.state.owner, counted_endpoints(self._invocation))
-            ConnectionCounters(registry, traffic.readings, self._invocation.settings.service_metrics.limit)
+            limit = self._invocation.settings.service_metrics.limit
+            ConnectionCounters(registry, self._parts.opened.readings(self._parts.state), limit)
         metrics = metrics_handler(
             registry,
             self._parts.mode.value,

@@ -60,6 +60,9 @@ class Dataplane(Protocol):
     def render_route(self, route: Route, facts: NodeFacts, present: Mapping[Key, Value]) -> Entries:
         """What one service port needs. `present` is what is in place, so that an arrangement can be kept."""
 
+    def rerenders(self, before: NodeFacts, after: NodeFacts) -> bool:
+        """Whether service ports need other entries when the node's facts change like this."""
+
     def is_shared(self, key: Key) -> bool:
         """Whether several service ports may need this very entry with this very value."""
 

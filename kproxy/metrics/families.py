@@ -171,6 +171,29 @@ class NftablesMetrics:
         )
 
 
+class IptablesMetrics:
+    """kube-proxy's metrics of the iptables mode; the failures are those of ipvs mode, too."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        prefix = "kubeproxy_sync_proxy_rules_iptables"
+        self.failures = Counter(
+            f"{prefix}_restore_failures_total",
+            "[ALPHA] Writes that iptables or the kernel refused",
+            [FAMILY],
+            registry=registry,
+        )
+        self.partial_failures = Counter(
+            f"{prefix}_partial_restore_failures_total",
+            "[ALPHA] Of them, those of what had changed only",
+            [FAMILY],
+            registry=registry,
+        )
+        self.rules = Gauge(f"{prefix}_total", "[ALPHA] Rules that are ours", ["table", FAMILY], registry=registry)
+        self.written = Gauge(
+            f"{prefix}_last", "[ALPHA] Rules written by the last sync", ["table", FAMILY], registry=registry
+        )
+
+
 class OwnMetrics:
     """What kube-proxy does not have. See docs/metrics.md."""
 

@@ -106,7 +106,8 @@ def test_cleanup_leaves_exactly_what_is_not_ours(here: OneNode):
         for family in ("ip", "ip6")
         for table in ("kproxy", "kube-proxy (kube-proxy's own, with all its rules)")
     ]
-    for told in ("".join(removed), ""):
+    nothing = "there is nothing of kproxy's or kube-proxy's in the kernel\n"
+    for told in ("".join(removed), nothing):
         done = here.kproxy("--cleanup")
         assert (done.returncode, done.stdout, done.stderr) == (0, told, "")
         assert here.ruleset == foreign

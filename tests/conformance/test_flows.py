@@ -102,8 +102,8 @@ def test_the_command_line_does_the_same(scenario: dict[str, Any], make_lab) -> N
 
 def start_lab(scenario: Mapping[str, Any], world: World, make_lab: Callable[..., Lab]) -> Lab:
     lab = make_lab(**world.lab_arguments())
-    if scenario["config"].get("localhost_node_ports"):
-        lab.netns.sysctl("net/ipv4/conf/all/route_localnet", 1)
+    if scenario["config"].get("conntrack_tcp_be_liberal"):
+        lab.netns.sysctl("net/netfilter/nf_conntrack_tcp_be_liberal", 1)
     if "initial_kernel_state" in scenario:
         lab.netns.command("nft", "-f", "-", stdin=scenario["initial_kernel_state"])
     return lab

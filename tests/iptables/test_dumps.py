@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from kproxy.cluster import ClusterState
+from kproxy.cluster.size import LARGE
 from kproxy.dataplane.base import Entries, diff
 from kproxy.dataplane.iptables import names
 from kproxy.dataplane.iptables.accounting import ensure_counters
 from kproxy.dataplane.iptables.entries import ChainKey, entries_of, is_kubelets
 from kproxy.dataplane.iptables.fixed import render_base
-from kproxy.dataplane.iptables.options import INVALID_DROPPED, LARGE_CLUSTER_ENDPOINTS, LOCALHOST_ACCEPTED, Options
+from kproxy.dataplane.iptables.localhost import ROUTE_LOCALNET
+from kproxy.dataplane.iptables.options import INVALID_DROPPED, LOCALHOST_ACCEPTED, Options
 from kproxy.dataplane.iptables.parse import parse_rule
 from kproxy.dataplane.iptables.render import render_route
 from kproxy.dataplane.iptables.rule import AnyRule, Dnat, OpaqueRule
@@ -75,13 +77,13 @@ class Scenario:
             drop_invalid=not self.config["conntrack_tcp_be_liberal"],
             localhost_node_ports=self.config["localhost_node_ports"],
             counters=frozenset(self.config["nfacct_counters"]),
-            large_clusters=frozenset({self.family} if endpoints > LARGE_CLUSTER_ENDPOINTS else ()),
+            large_clusters=frozenset({self.family} if endpoints > LARGE else ()),
         )
 
     def entries(self) -> Entries:
         """All that is in force, but for the chains that only show that somebody flushed everything."""
         entries = render_base(self.facts, self.options) | self.entries_of_services(self.state.services())
-        return {key: value for key, value in entries.items() if not is_canary(key)}
+        return {key: value for key, value in entries.items() if not is_canary(key) and key != ROUTE_LOCALNET}
 
     def entries_of_services(self, services: Iterable[ServiceName]) -> Entries:
         entries: Entries = {}

@@ -7,6 +7,7 @@ import pytest
 from kproxy.dataplane.base import Change, Entries, diff
 from kproxy.dataplane.iptables.describe import describe, labels
 from kproxy.dataplane.iptables.entries import EXISTS, BlockKey, ChainKey, JumpKey, entries_of, is_kubelets
+from kproxy.dataplane.iptables.localhost import ROUTE_LOCALNET
 from kproxy.dataplane.iptables.options import Options
 from kproxy.dataplane.iptables.parse import parse_rule
 from kproxy.dataplane.iptables.rule import AnyRule
@@ -184,7 +185,7 @@ class TestKubeletsFirewall:
         guard = tuple(tables["filter"]["KUBE-FIREWALL"])
         tables["filter"]["KUBE-FIREWALL"] = []
 
-        found = diff(wanted, entries_of(V4, tables, guards_localhost=True))
+        found = diff(wanted, {**entries_of(V4, tables, guards_localhost=True), ROUTE_LOCALNET: 1})
 
         assert found == [Change(ChainKey(V4, "filter", "KUBE-FIREWALL"), (), guard)]
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from kproxy.dataplane.base import UnsupportedError, diff
+from kproxy.dataplane.base import Change, UnsupportedError, diff
 from kproxy.dataplane.iptables import variant as variants
 from kproxy.dataplane.iptables.accounting import ensure_counters
-from kproxy.dataplane.iptables.cleanup import clean_up, leftovers
+from kproxy.dataplane.iptables.cleanup import leftovers, remove
 from kproxy.dataplane.iptables.commands import Variant
 from kproxy.dataplane.iptables.entries import ChainKey, is_kubelets
-from kproxy.dataplane.iptables.localhost import RESTORED, route_localnet
+from kproxy.dataplane.iptables.localhost import ROUTE_LOCALNET
 from kproxy.dataplane.iptables.probe import probe
 from kproxy.model import Family
 from tests.iptables.conftest import Host, OpenHost
@@ -124,7 +124,8 @@ def test_clean_up_takes_all_that_is_ours_in_both_variants_and_nothing_else(open_
     planned = netns.run(leftovers, Variant.LEGACY, BOTH)
     assert planned
     assert all(change.new is None and not is_kubelets(change.key) for change in planned)
-    netns.run(clean_up, BOTH)
+    for host in hosts:
+        netns.run(remove, host.kernel.variant, BOTH, netns.run(leftovers, host.kernel.variant, BOTH))
     for host in hosts:
         for family in BOTH:
             kept = [line for line in host.saved(family) if not line.startswith(":") or " - " in line]
@@ -132,7 +133,6 @@ def test_clean_up_takes_all_that_is_ours_in_both_variants_and_nothing_else(open_
                 line for line in before[host.kernel.variant, family] if not line.startswith(":") or " - " in line
             ]
         assert netns.run(leftovers, host.kernel.variant, BOTH) == []
-    netns.run(clean_up, BOTH)
 
 
 def _firewall(key: object) -> bool:
@@ -141,15 +141,20 @@ def _firewall(key: object) -> bool:
 
 def test_route_localnet_waits_for_its_guard(open_host: OpenHost) -> None:
     host = open_host(Variant.NFT)
-    wanted = entries()
-    with pytest.raises(ValueError, match="KUBE-FIREWALL"):
-        route_localnet(wanted, host.read())
-    host.bring_to(wanted)
-    assert route_localnet(wanted, host.read()).value == 1
+    host.netns.run(host.kernel.apply, [Change(ROUTE_LOCALNET, None, 1)])
+    assert ROUTE_LOCALNET not in host.read()
+    host.bring_to(entries())
+    assert host.read()[ROUTE_LOCALNET] == 1
+
+    host.netns.sysctl("net/ipv4/conf/all/route_localnet", 0)
     host.iptables("-D", "INPUT", "-j", "KUBE-FIREWALL")
-    with pytest.raises(ValueError, match="JumpKey"):
-        route_localnet(wanted, host.read())
-    assert RESTORED.value == 0
+    host.netns.run(host.kernel.apply, [Change(ROUTE_LOCALNET, None, 1)])
+    assert ROUTE_LOCALNET not in host.read()
+    host.bring_to(entries())
+    assert host.read()[ROUTE_LOCALNET] == 1
+
+    host.netns.run(remove, Variant.NFT, BOTH, host.netns.run(leftovers, Variant.NFT, BOTH))
+    assert ROUTE_LOCALNET not in host.read()
 
 
 def test_counters_are_made_once_and_can_be_used(netns: Namespace, host: Host) -> None:

@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -23,23 +22,21 @@ from kproxy.cluster import ClusterState
 from kproxy.config.decode import decode
 from kproxy.config.defaults import defaulted, with_mode
 from kproxy.config.v1alpha1 import API_VERSION, KIND, Configuration, ProxyMode
-from kproxy.dataplane.base import Dataplane
-from kproxy.dataplane.iptables.accounting import ensure_counters
 from kproxy.dataplane.iptables.commands import Variant
-from kproxy.dataplane.iptables.dataplane import IptablesDataplane
-from kproxy.dataplane.iptables.kernel import IptablesKernel
-from kproxy.dataplane.iptables.options import INVALID_DROPPED, LOCALHOST_ACCEPTED, Options
-from kproxy.dataplane.iptables.variant import find
-from kproxy.dataplane.nftables.dataplane import NftablesDataplane
-from kproxy.dataplane.nftables.kernel import NftablesKernel
+from kproxy.dataplane.nftables.kernel import COUNTED_ENDPOINTS
 from kproxy.facts import Facts
 from kproxy.model import Family
-from kproxy.node_addresses import accepts_ipv4_loopback, local_addresses
+from kproxy.modes.base import Mode
+from kproxy.modes.iptables import Iptables
+from kproxy.modes.nftables import Nftables
+from kproxy.node_addresses import local_addresses
 from kproxy.observers import Cleaned
 from kproxy.reconcile import Reconciler
 from tests.lab.namespaces import Namespace
 
 ROOT = Path(__file__).resolve().parents[2]
+
+HINT = "*mangle\n:KUBE-IPTABLES-HINT - [0:0]\nCOMMIT\n"
 
 Item = Mapping[str, Any]
 
@@ -63,7 +60,7 @@ class Proxy(Protocol):
 class InProcess:
     """Drives the proxy's parts in this process; what they open is opened in the namespace.
 
-    `variant` is that of iptables; None: the one that is found.
+    `variant` is that of iptables, hinted at as by kubelet; None: the one that is found.
     """
 
     def __init__(
@@ -85,9 +82,11 @@ class InProcess:
         )
         for kind in KINDS:
             self.state.apply(Listed(kind, frozenset()))
-        self._facts = Facts(self._config, mode, self._families, self.state, local_addresses, print)
-        self._resources = ExitStack()
-        self._dataplane = netns.run(_open, self._config, self._families, variant, self._resources)
+        if variant:  # as kubelet shows it
+            netns.command(f"iptables-{variant}-restore", "--noflush", stdin=HINT)
+        self._mode = netns.run(_open, self._config, self._families)
+        large = self._mode.large_families(self.state)
+        self._facts = Facts(self._config, mode, self._families, self.state, local_addresses, print, large)
         self._started: tuple[Reconciler, Cleaned] | None = None
 
     def apply(self, *items: Item) -> None:
@@ -106,7 +105,7 @@ class InProcess:
         if facts is None:
             raise ValueError("the node's facts are not known yet: is there a Node object?")
         if self._started is None:
-            reconciler = Reconciler(self.state, self._dataplane, facts)
+            reconciler = Reconciler(self.state, self._mode.dataplane, facts)
             self._started = reconciler, Cleaned(reconciler, local_addresses, None)
         reconciler, cleaned = self._started
         reconciler.set_facts(facts)
@@ -115,7 +114,7 @@ class InProcess:
         cleaned.clean_now()
 
     def close(self) -> None:
-        self._resources.close()
+        self._netns.run(self._mode.close)
 
 
 class CommandLine:
@@ -158,22 +157,11 @@ class CommandLine:
         return self._manifests / f"{item['kind']}-{metadata.get('namespace', '')}-{metadata['name']}.json"
 
 
-def _open(
-    config: Configuration, families: Sequence[Family], variant: Variant | None, resources: ExitStack
-) -> Dataplane:
+def _open(config: Configuration, families: Sequence[Family]) -> Mode:
     match config.mode:
         case ProxyMode.NFTABLES:
-            return NftablesDataplane(resources.enter_context(NftablesKernel(families)))
+            return Nftables(families, COUNTED_ENDPOINTS)
         case ProxyMode.IPTABLES:
-            localhost = config.iptables.localhost_node_ports and accepts_ipv4_loopback(config.node_port_addresses)
-            kernel = IptablesKernel(families, variant or find(families), guards_localhost=localhost)
-            features = kernel.probe()
-            options = Options(
-                random_fully=features.random_fully,
-                drop_invalid=not config.conntrack.tcp_be_liberal,
-                localhost_node_ports=localhost,
-                counters=ensure_counters([INVALID_DROPPED, LOCALHOST_ACCEPTED]) if features.nfacct else frozenset(),
-            )
-            return IptablesDataplane(kernel, options)
+            return Iptables(config, families, writes=True)
         case mode:
             raise ValueError(f"mode {mode} cannot be driven yet")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import generate_latest
 
-from kproxy.metrics.families import NftablesMetrics, OwnMetrics, ProxyMetrics, Registry, StateAge
+from kproxy.metrics.families import OwnMetrics, ProxyMetrics, Registry, StateAge
 from kproxy.observers import Measured
 from tests.lab.namespaces import Namespace
 from tests.reconcile.driven import Part, part
@@ -24,7 +24,6 @@ def measured(made: Part, registry: Registry) -> Measured:
         made.reconciler,
         made.reconciler.facts.families,
         proxy=ProxyMetrics(registry),
-        nftables=NftablesMetrics(registry),
         own=OwnMetrics(registry),
         age=StateAge(registry, []),
         now=lambda: NOW,

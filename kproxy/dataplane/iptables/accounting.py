@@ -11,10 +11,10 @@ import struct
 from collections.abc import Sequence
 
 from kproxy.dataplane.nftables.nfnetlink import NETLINK_NETFILTER
-from kproxy.netlink import NetlinkSocket, Request, attribute
+from kproxy.netlink import NetlinkSocket, Request, attribute, attributes
 
-_NEW = 7 << 8  # NFNL_SUBSYS_ACCT, NFNL_MSG_ACCT_NEW
-_NAME = 1  # NFACCT_NAME
+_NEW, _GET = 7 << 8, 7 << 8 | 1  # NFNL_SUBSYS_ACCT, NFNL_MSG_ACCT_NEW and _GET
+_NAME, _PACKETS = 1, 2  # NFACCT_NAME, NFACCT_PKTS
 _GENERIC = struct.pack("=BBH", socket.AF_UNSPEC, 0, 0)  # nfgenmsg
 
 
@@ -30,3 +30,26 @@ def ensure_counters(names: Sequence[str]) -> frozenset[str]:
     except OSError:
         return frozenset()
     return frozenset(name for name, answer in zip(names, answers, strict=True) if answer in (0, errno.EBUSY))
+
+
+def packets() -> dict[str, int]:
+    """What each counter has counted. Empty where the kernel has no nfacct."""
+    found = {}
+    try:
+        with NetlinkSocket(NETLINK_NETFILTER) as kernel:
+            for payload in kernel.dump(Request(_GET, _GENERIC)):
+                members = attributes(payload, len(_GENERIC))
+                found[members[_NAME].rstrip(b"\0").decode()] = int.from_bytes(members[_PACKETS], "big")
+    except OSError:
+        return {}
+    return found
+
+
+def is_supported() -> bool:
+    """Whether the kernel has nfacct. Changes nothing."""
+    try:
+        with NetlinkSocket(NETLINK_NETFILTER) as kernel:
+            list(kernel.dump(Request(_GET, _GENERIC)))
+    except OSError:
+        return False
+    return True

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import msgspec
+
 from kproxy.dataplane.base import Change, Entries, Key, Value
 from kproxy.dataplane.iptables import describe, fixed, render
 from kproxy.dataplane.iptables.kernel import IptablesKernel
@@ -24,7 +26,13 @@ class IptablesDataplane:
 
     def render_route(self, route: Route, facts: NodeFacts, present: Mapping[Key, Value]) -> Entries:  # noqa: ARG002
         """See `kproxy.dataplane.base.Dataplane`. Endpoints are in the order of their text, as in kube-proxy."""
+        if facts.large_families != self._options.large_clusters:
+            self._options = msgspec.structs.replace(self._options, large_clusters=facts.large_families)
         return render.render_route(route, facts, self._options)
+
+    def rerenders(self, before: NodeFacts, after: NodeFacts) -> bool:
+        """See `kproxy.dataplane.base.Dataplane`."""
+        return before.ips != after.ips or before.large_families != after.large_families
 
     def is_shared(self, key: Key) -> bool:  # noqa: ARG002 - nothing is: names of chains say whose they are
         """See `kproxy.dataplane.base.Dataplane`."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from kproxy.dataplane.base import Key, Value
 from kproxy.dataplane.iptables import names
-from kproxy.dataplane.iptables.entries import BlockKey, ChainKey, JumpKey
+from kproxy.dataplane.iptables.entries import BlockKey, ChainKey, JumpKey, SettingKey
 from kproxy.dataplane.iptables.rule import Jump
 from kproxy.model import Family, ServiceName
 
@@ -18,6 +18,8 @@ def describe(key: Key, value: Value) -> str:
     match key:
         case ChainKey(family, table, chain) | BlockKey(family, table, chain) | JumpKey(family, table, chain):
             what = f"{_COMMANDS[family]} {table} chain {chain}"
+        case SettingKey(_, path):
+            return f"sysctl {path.removeprefix('proc/sys/').replace('/', '.')} = {value}"
         case other:
             return str(other)
     match value:

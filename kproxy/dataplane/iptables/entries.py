@@ -4,6 +4,8 @@
 - The dispatch chains have rules of all services. Each service port's rules in one of them are a block, an entry of its
   own; the order of the blocks means nothing, but what has no service port (the node ports of nat KUBE-SERVICES) is
   last. What stands behind it counts as part of it, so a rule that nobody would reach is a difference.
+- The kernel setting that opens node ports on localhost is an entry, so that it is read, compared and taken back as
+  rules are.
 - A jump out of a built-in chain is an entry. Where it stands there is no part of it: kube-proxy never moves one, and
   others put theirs in between.
 """
@@ -58,6 +60,13 @@ class JumpKey(NamedTuple):
     table: Table
     chain: str
     place: int
+
+
+class SettingKey(NamedTuple):
+    """A kernel setting that rules rely on; it goes in after them. Its value: a number. What is 0 is no entry."""
+
+    family: Family
+    path: str  # relative to the root directory, such as proc/sys/net/…
 
 
 class Exists(msgspec.Struct, frozen=True):

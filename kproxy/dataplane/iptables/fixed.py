@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from ipaddress import ip_address
 
 from kproxy.dataplane.base import Entries
-from kproxy.dataplane.iptables import names
+from kproxy.dataplane.iptables import localhost, names
 from kproxy.dataplane.iptables.entries import BUILT_IN, DISPATCH, EXISTS, TAIL, BlockKey, ChainKey, JumpKey
 from kproxy.dataplane.iptables.jumps import jumps_from
 from kproxy.dataplane.iptables.names import Table
@@ -26,8 +26,6 @@ from kproxy.dataplane.iptables.rule import (
 )
 from kproxy.model import Family, NodeFacts
 
-LOOPBACK = {Family.IPv4: "127.0.0.0/8", Family.IPv6: "::1/128"}
-
 _TABLES: tuple[Table, ...] = ("filter", "nat", "mangle")
 _LAST = "kubernetes service nodeports; NOTE: this must be the last rule in this chain"
 
@@ -43,10 +41,12 @@ def render_base(facts: NodeFacts, options: Options) -> Entries:
         mark = facts.masquerade_mark
         entries[ChainKey(family, "filter", names.FORWARD)] = tuple(_forward(mark, options))
         entries[ChainKey(family, "filter", names.KUBELET_FIREWALL)] = (
-            (_martians(family),) if options.guards_localhost(family) else EXISTS
+            localhost.GUARD if options.guards_localhost(family) else EXISTS
         )
         entries[ChainKey(family, "nat", names.MARK_MASQUERADE)] = (Rule((), SetMark(mark, mark)),)
         entries[ChainKey(family, "nat", names.POSTROUTING)] = tuple(_postrouting(mark, options))
+        if options.guards_localhost(family):
+            entries[localhost.ROUTE_LOCALNET] = 1
         last = tuple(_node_ports(family, facts, options))
         if last:
             entries[BlockKey(family, "nat", names.SERVICES, "", "")] = last
@@ -79,19 +79,6 @@ def _postrouting(mark: int, options: Options) -> Iterator[Rule]:
     )
 
 
-def _martians(family: Family) -> Rule:
-    """With route_localnet, neighbours could reach what listens on 127.0.0.1 only (CVE-2020-8558)."""
-    return Rule(
-        (
-            Comment("block incoming localnet connections"),
-            Conntrack("RELATED,ESTABLISHED,DNAT", inverted=True),
-        ),
-        Jump("DROP"),
-        source=Network(LOOPBACK[family], inverted=True),
-        destination=Network(LOOPBACK[family]),
-    )
-
-
 def _node_ports(family: Family, facts: NodeFacts, options: Options) -> Iterator[Rule]:
     addresses = facts.node_port_addresses.get(family)
     with_loopback = options.guards_localhost(family)
@@ -100,7 +87,7 @@ def _node_ports(family: Family, facts: NodeFacts, options: Options) -> Iterator[
         yield Rule(
             (comment, AddressType(destination="LOCAL")),
             TAIL,
-            destination=None if with_loopback else Network(LOOPBACK[family], inverted=True),
+            destination=None if with_loopback else Network(localhost.LOOPBACK[family], inverted=True),
         )
         return
     for address in addresses:

@@ -51,10 +51,18 @@ class Journal:
         self._families = families
         self._spans: deque[Span] = deque(maxlen=_REMEMBERED)
         self._commits = 0
+        self.read_at = 0  # the generation of nf_tables when it was last read
 
     def wrote(self, commits: int) -> None:
         """So many commits went in."""
         self._commits += commits
+
+    def reads(self) -> None:
+        """What others did until now is about to be seen."""
+        with self.lock:
+            self.read_at = self._now()
+            if self._variant is Variant.LEGACY and not self.writes:
+                self.shape = legacy_shape(self._families)
 
     @contextmanager
     def writing(self) -> Iterator[None]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 import structlog
 
-from kproxy.dataplane.base import ApplyError, Change, Entries, UnsupportedError
-from kproxy.dataplane.iptables import commands
+from kproxy.dataplane.base import ApplyError, Change, Entries, Key, UnsupportedError, Value
+from kproxy.dataplane.iptables import commands, localhost
 from kproxy.dataplane.iptables.commands import Variant
-from kproxy.dataplane.iptables.entries import BlockKey, ChainKey, JumpKey, concerns_us, entries_of
+from kproxy.dataplane.iptables.entries import BlockKey, ChainKey, JumpKey, SettingKey, concerns_us, entries_of
 from kproxy.dataplane.iptables.journal import Journal
 from kproxy.dataplane.iptables.legacy import InProcess
 from kproxy.dataplane.iptables.names import Table
@@ -21,6 +21,8 @@ from kproxy.dataplane.iptables.restore import BULK_CHAINS, Commit, commits
 from kproxy.dataplane.iptables.rule import AnyRule
 from kproxy.dataplane.iptables.variant import legacy_tables
 from kproxy.model import Family
+from kproxy.sysctl import SysctlError, current
+from kproxy.sysctl import apply as apply_settings
 
 IN_PROCESS_COMMANDS = 150  # more of them iptables-restore carries out sooner (docs/decisions.md)
 
@@ -37,6 +39,13 @@ class IptablesKernel:
         self.families = tuple(families)
         self.variant = variant
         self.journal = Journal(variant, self.families)
+        self.has_read = False
+        # For metrics: rules of ours; those written last; writes that were refused, and of them those of a part only.
+        self.rules: Counter[tuple[Family, Table]] = Counter()
+        self.written: Counter[tuple[Family, Table]] = Counter()
+        self.refused: Counter[Family] = Counter()
+        self.refused_parts: Counter[Family] = Counter()
+        self._is_part = False  # what is written now was not compared with all that there is
         self._guards_localhost = guards_localhost
         self._in_process: dict[Family, InProcess] = {}
 
@@ -44,23 +53,28 @@ class IptablesKernel:
         """Try all that the mode needs, without leaving a trace. Raises UnsupportedError."""
         features = probe(self.variant, self.families)
         if self.variant is Variant.LEGACY:
-            for family in self.families:
-                try:
-                    self._in_process[family] = InProcess(family)
-                except UnsupportedError as error:
-                    log.warning(
-                        "legacy iptables: python-iptables does not work for this family, so all goes through"
-                        " iptables-legacy-restore",
-                        family=family.name,
-                        reason=str(error),
-                    )
+            family = self.families[0]  # python-iptables works for one in a process
+            try:
+                self._in_process[family] = InProcess(family)
+            except UnsupportedError as error:
+                log.warning(
+                    "legacy iptables: python-iptables does not work here, so all goes through iptables-legacy-restore",
+                    reason=str(error),
+                )
         return features
 
     # --- reading ---
 
     def read(self) -> Entries:
         """What the kernel holds of ours. Changes nothing, takes no lock. Raises OSError."""
-        return self._read(self.families, None)
+        self.journal.reads()
+        entries = self._read(self.families, None)
+        self.has_read = True
+        self._is_part = False
+        self.rules = _rules(entries.items())
+        if self._guards_localhost and (value := current(localhost.ROUTE_LOCALNET.path)):
+            entries[localhost.ROUTE_LOCALNET] = value
+        return entries
 
     def _read(self, families: Iterable[Family], tables: Iterable[Table] | None) -> Entries:
         entries: Entries = {}
@@ -80,13 +94,34 @@ class IptablesKernel:
         Where one is refused, what is in force already is taken back, so that nothing of the changes is.
         """
         by_family: defaultdict[Family, list[Change]] = defaultdict(list)
+        settings: list[tuple[SettingKey, object]] = []
         for change in changes:
-            by_family[_family(change)].append(change)
+            if isinstance(change.key, SettingKey):
+                settings.append((change.key, change.new))
+            else:
+                by_family[_family(change)].append(change)
         try:
             with self.journal.writing():
                 self._apply(by_family)
         except OSError as error:
             raise ApplyError(f"iptables: {error}", transient=True) from error
+        changed = [change for of_family in by_family.values() for change in of_family]
+        self.rules.update(_rules((change.key, change.new) for change in changed))
+        self.rules.subtract(_rules((change.key, change.old) for change in changed))
+        self.written = _rules((change.key, change.new) for change in changed)
+        self._is_part = True
+        for key, value in settings:
+            self._set(key, value)
+
+    def _set(self, key: SettingKey, value: object) -> None:
+        """Write a setting that rules in force rely on. Without it they do less, so a failure is told and no more."""
+        try:
+            if value is None or localhost.is_guarded(self._read([Family.IPv4], ["filter"])):
+                apply_settings([localhost.setting(key, value)])
+            else:
+                log.warning("node ports on localhost do not work: KUBE-FIREWALL is not in place to guard them")
+        except (OSError, SysctlError) as error:
+            log.warning("node ports on localhost stay as they are", error=str(error))
 
     def _apply(self, by_family: Mapping[Family, list[Change]]) -> None:
         done: list[Change] = []
@@ -94,6 +129,8 @@ class IptablesKernel:
             try:
                 self._write(family, of_family)
             except RefusedError as error:
+                self.refused[family] += 1
+                self.refused_parts[family] += self._is_part
                 if error.committed:
                     done += of_family
                 if done:
@@ -151,3 +188,17 @@ def _family(change: Change) -> Family:
             return family
         case _:
             raise TypeError(f"{change.key!r} is no key of iptables mode")
+
+
+def _rules(entries: Iterable[tuple[Key, Value | None]]) -> Counter[tuple[Family, Table]]:
+    """How many rules entries have."""
+    count: Counter[tuple[Family, Table]] = Counter()
+    for key, value in entries:
+        match key:
+            case ChainKey(family, table) | BlockKey(family, table) if isinstance(value, tuple):
+                count[family, table] += len(value)
+            case JumpKey(family, table) if value is not None:
+                count[family, table] += 1
+            case _:
+                pass
+    return count

@@ -1,33 +1,47 @@
-"""Node ports on 127.0.0.1: the kernel setting that they take, and never without the rule that makes it safe."""
+"""Node ports on 127.0.0.1: the kernel setting that they take, and the rule that makes it safe."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from kproxy.dataplane.base import Key, Value
+from kproxy.dataplane.base import Entries
 from kproxy.dataplane.iptables import names
-from kproxy.dataplane.iptables.entries import BUILT_IN, ChainKey, JumpKey
+from kproxy.dataplane.iptables.entries import BUILT_IN, ChainKey, JumpKey, SettingKey
 from kproxy.dataplane.iptables.jumps import jumps_from
+from kproxy.dataplane.iptables.rule import Comment, Conntrack, Jump, Network, Rule
 from kproxy.model import Family
 from kproxy.sysctl import Setting
 
-_OPT_OUT = "iptables.localhostNodePorts: false"
-_PATH = "proc/sys/net/ipv4/conf/all/route_localnet"
-RESTORED = Setting(_PATH, 0)  # for clean-up
+LOOPBACK = {Family.IPv4: "127.0.0.0/8", Family.IPv6: "::1/128"}
+
+# With it the kernel routes packets to 127.0.0.0/8, also those that come from neighbours (CVE-2020-8558).
+ROUTE_LOCALNET = SettingKey(Family.IPv4, "proc/sys/net/ipv4/conf/all/route_localnet")
+
+# The rules of KUBE-FIREWALL; kubelet has the same.
+GUARD = (
+    Rule(
+        (
+            Comment("block incoming localnet connections"),
+            Conntrack("RELATED,ESTABLISHED,DNAT", inverted=True),
+        ),
+        Jump("DROP"),
+        source=Network(LOOPBACK[Family.IPv4], inverted=True),
+        destination=Network(LOOPBACK[Family.IPv4]),
+    ),
+)
 
 
-def route_localnet(wanted: Mapping[Key, Value], in_place: Mapping[Key, Value]) -> Setting:
-    """The setting, to be written after the guard. Raises ValueError while the kernel does not hold that as wanted.
+def is_guarded(in_place: Entries) -> bool:
+    """Whether what the kernel holds keeps neighbours from what listens on loopback only."""
+    rules = in_place.get(ChainKey(Family.IPv4, "filter", names.KUBELET_FIREWALL))
+    jumps = [
+        (JumpKey(Family.IPv4, table, chain, place), jump.rule)
+        for table, chain in BUILT_IN
+        for place, jump in enumerate(jumps_from(table, chain))
+        if jump.target == names.KUBELET_FIREWALL
+    ]
+    guarded = isinstance(rules, tuple) and GUARD[0] in rules
+    return guarded and all(in_place.get(key) == rule for key, rule in jumps)
 
-    With it the kernel routes packets to 127.0.0.0/8 that come from neighbours, to services that listen on loopback only
-    (CVE-2020-8558).
-    """
-    guard: list[Key] = [ChainKey(Family.IPv4, "filter", names.KUBELET_FIREWALL)]
-    for table, chain in BUILT_IN:
-        for place, jump in enumerate(jumps_from(table, chain)):
-            if jump.target == names.KUBELET_FIREWALL:
-                guard.append(JumpKey(Family.IPv4, table, chain, place))
-    for key in guard:
-        if not wanted.get(key) or in_place.get(key) != wanted[key]:
-            raise ValueError(f"route_localnet would let neighbours in: {key} is not in place")
-    return Setting(_PATH, 1, opt_out=_OPT_OUT)
+
+def setting(key: SettingKey, wanted: object) -> Setting:
+    """What is to be written; None: the setting is taken back."""
+    return Setting(key.path, int(wanted is not None), opt_out="iptables.localhostNodePorts: false")

@@ -8,11 +8,10 @@ from kproxy.model import Family
 
 INVALID_DROPPED = "ct_state_invalid_dropped_pkts"
 LOCALHOST_ACCEPTED = "localhost_nps_accepted_pkts"
-LARGE_CLUSTER_ENDPOINTS = 1000  # more of them in a family make it large; those that are not ready count, too
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """Chosen at start from the configuration and from what the machine can, except for `large_clusters`."""
+    """Chosen at start, by configuration and machine; `large_clusters` follows the node's facts."""
 
     random_fully: bool = True  # the MASQUERADE target knows --random-fully (iptables 1.6.2)
     drop_invalid: bool = True  # net.netfilter.nf_conntrack_tcp_be_liberal is 0

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from kproxy.dataplane.base import Entries
 from kproxy.dataplane.iptables import names
 from kproxy.dataplane.iptables.entries import BlockKey, ChainKey
-from kproxy.dataplane.iptables.fixed import LOOPBACK
+from kproxy.dataplane.iptables.localhost import LOOPBACK
 from kproxy.dataplane.iptables.names import Table
 from kproxy.dataplane.iptables.options import LOCALHOST_ACCEPTED, Options
 from kproxy.dataplane.iptables.parse import HOST_MASK, REJECT_REPLY

@@ -48,7 +48,7 @@ class NftWatch:
         self._touched = False
         self._netlink = NetlinkSocket()
         try:
-            self._seen = generation(self._netlink)
+            self._seen = kernel.journal.read_at or generation(self._netlink)
             try:
                 self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BUFFER)
             except PermissionError:  # in a user namespace; then more is lost, and looked after
@@ -80,6 +80,8 @@ class NftWatch:
         poll = select.poll()
         poll.register(self._stopped, select.POLLIN)
         poll.register(self._socket, select.POLLIN)
+        if self._lost():  # before the watch began
+            yield SOMEBODY
         while True:
             ready = {descriptor for descriptor, _ in poll.poll()}
             if self._stopped.fileno() in ready:
@@ -197,7 +199,7 @@ class LegacyWatch:
             self._look_at = now + self._period
             written, self._journal.shape = self._journal.shape, shape  # what is there now has been looked at
             if known is None:
-                return disturbed
+                return disturbed or bool(written and shape != written)
             if known.writes != seen.writes:
                 return disturbed or shape != written
             return disturbed or known.digest != seen.digest

@@ -38,6 +38,10 @@ class NftablesDataplane:
         """See `kproxy.dataplane.base.Dataplane`."""
         return render_route(route, facts, present)
 
+    def rerenders(self, before: NodeFacts, after: NodeFacts) -> bool:
+        """See `kproxy.dataplane.base.Dataplane`."""
+        return before.ips != after.ips
+
     def is_shared(self, key: Key) -> bool:
         """See `kproxy.dataplane.base.Dataplane`."""
         # Tables, sets and chains are nobody's alone: something may still refer to one when a Service gives it up.

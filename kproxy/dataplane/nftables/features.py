@@ -33,12 +33,14 @@ class Features(NamedTuple):
 def probe(socket: NetlinkSocket, families: Sequence[Family]) -> Features:
     """Try all that the mode needs, and what it uses where it is there. Leaves nothing behind.
 
-    Raises UnsupportedError that names what is missing.
+    Raises UnsupportedError that names what is missing, and PermissionError.
     """
     for family in families:
         attempts = _needed(family)
         errors = _try(socket, family, [message for _, message in attempts])
         for error in errors:
+            if error.errno == errno.EPERM and error.position < 0:
+                raise PermissionError(error.errno, "nftables mode is not permitted")
             if error.position < 0:
                 raise UnsupportedError(f"nftables mode: {_whole_batch(error.errno)}")
             refused, reason = attempts[error.position][0], error.text or os.strerror(error.errno)
@@ -68,8 +70,6 @@ def _try(socket: NetlinkSocket, family: Family, messages: Iterable[Message]) -> 
 
 def _whole_batch(number: int) -> str:
     match number:
-        case errno.EPERM:
-            return "CAP_NET_ADMIN is missing for this network namespace"
         case errno.EOPNOTSUPP | errno.EINVAL:
             return "the kernel has no nf_tables"
         case _:

@@ -1,0 +1,115 @@
+"""What other modes of kproxy or kube-proxy left in the kernel; it goes when the own rules are in place."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import structlog
+
+from kproxy.config.v1alpha1 import ProxyMode
+from kproxy.dataplane.base import ApplyError, Change, Key, UnsupportedError, Value
+from kproxy.dataplane.iptables import cleanup
+from kproxy.dataplane.iptables import describe as iptables_describe
+from kproxy.dataplane.iptables.commands import Variant
+from kproxy.dataplane.iptables.variant import contents
+from kproxy.dataplane.nftables import describe as nftables_describe
+from kproxy.dataplane.nftables.kernel import NftablesKernel
+from kproxy.dataplane.nftables.ruleset import TableKey
+from kproxy.model import Family
+from kproxy.proxy import Observer
+from kproxy.reconcile import SyncReport
+
+log = structlog.get_logger(__name__)
+
+FIRST_LOOK_SECONDS = 15.0
+LAST_LOOK_SECONDS = 3600.0
+
+
+class Remains(NamedTuple):
+    """What there is of one mode."""
+
+    owner: str
+    changes: Sequence[Change]
+    describe: Callable[[Key, Value], str]
+    remove: Callable[[], None]  # raises ApplyError
+
+
+def places(families: Sequence[Family], but: ProxyMode | None = None) -> Iterator[Callable[[], Remains | None]]:
+    """A function for each place where a mode other than `but` may have left something; None if it has not.
+
+    They change nothing, and raise UnsupportedError and OSError.
+    """
+    if but is not ProxyMode.NFTABLES:
+        yield _nftables
+    if but is not ProxyMode.IPTABLES:
+        for variant in Variant:
+            yield partial(_iptables, variant, families)
+
+
+def _nftables() -> Remains | None:
+    with NftablesKernel(tuple(Family)) as kernel:
+        changes = [Change(key, table, None) for key, table in kernel.tables().items()]
+
+    def remove() -> None:
+        with NftablesKernel(tuple(Family)) as kernel:
+            kernel.apply(changes)
+
+    return Remains("nftables mode", changes, nftables_describe.describe, remove) if changes else None
+
+
+def _iptables(variant: Variant, families: Sequence[Family]) -> Remains | None:
+    changes = cleanup.leftovers(variant, families)
+    remove = partial(cleanup.remove, variant, families, changes)
+    owner = f"iptables mode, {variant} variant"
+    return Remains(owner, changes, iptables_describe.describe, remove) if changes else None
+
+
+def in_place(families: Sequence[Family]) -> ProxyMode | None:
+    """The mode whose rules are in the kernel; where several are, that of our own tables. Raises OSError."""
+    with NftablesKernel(families) as kernel:
+        tables = {type(key) for key in kernel.tables()}
+    if TableKey in tables:
+        return ProxyMode.NFTABLES
+    if any(contents(variant, families).ours for variant in Variant):
+        return ProxyMode.IPTABLES
+    return ProxyMode.NFTABLES if tables else None
+
+
+class Succession(Observer):
+    """Removes what other modes left once a sync has succeeded, in a thread of its own.
+
+    It looks again now and then: a kube-proxy that still runs puts its rules back, and leaves them when it is removed.
+    """
+
+    def __init__(self, families: Sequence[Family], mode: ProxyMode) -> None:
+        self._families = tuple(families)
+        self._mode = mode
+        self._begun = False
+
+    def sync_done(self, report: SyncReport, seconds: float) -> None:  # noqa: ARG002 - an observer's signature
+        """See `kproxy.proxy.Observer`."""
+        if not self._begun:
+            self._begun = True
+            threading.Thread(target=self._run, name="succession", daemon=True).start()
+
+    def _run(self) -> None:
+        pause = FIRST_LOOK_SECONDS
+        never = threading.Event()
+        self.remove_now()
+        while not never.wait(pause):
+            self.remove_now()
+            pause = min(2 * pause, LAST_LOOK_SECONDS)
+
+    def remove_now(self) -> None:
+        """Remove what is there, in the calling thread. What cannot be removed is told."""
+        for place in places(self._families, but=self._mode):
+            try:
+                found = place()
+                if found:
+                    found.remove()
+                    log.info("removed what another mode left", mode=found.owner, entries=len(found.changes))
+            except (ApplyError, UnsupportedError, OSError) as error:
+                log.warning("what another mode left stays for now", error=str(error))
