@@ -1,0 +1,86 @@
+"""The cluster as kubectl shows it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+Object = dict[str, Any]
+
+_POLL_SECONDS = 0.5
+
+
+class LabError(Exception):
+    """A check has found something else than it expected."""
+
+
+class KubectlError(LabError):
+    """kubectl failed; the message has the command and what it said."""
+
+    def __init__(self, arguments: tuple[str, ...], said: str) -> None:
+        super().__init__(f"kubectl {' '.join(arguments)}: {said.strip()}")
+        self.said = said
+
+
+def kubectl(*arguments: str, stdin: str = "", timeout: float = 60) -> str:
+    """Run kubectl to its end and return what it printed. Raises KubectlError."""
+    try:
+        done = subprocess.run(
+            ("kubectl", *arguments), input=stdin, capture_output=True, text=True, timeout=timeout, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise KubectlError(arguments, f"no answer in {timeout:g} s") from None
+    if done.returncode:
+        raise KubectlError(arguments, done.stderr or done.stdout)
+    return done.stdout
+
+
+def try_kubectl(*arguments: str, timeout: float = 60) -> str:
+    """Run kubectl and return all it printed, whether it succeeds or not."""
+    command = ("kubectl", *arguments)
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return f"no answer in {timeout:g} s"
+    return done.stdout + done.stderr
+
+
+def get(*arguments: str) -> Object:
+    """One object, or a List."""
+    found: Object = json.loads(kubectl("get", *arguments, "-o", "json"))
+    return found
+
+
+def missing_tool() -> str:
+    """A line that says what is missing, or nothing."""
+    if shutil.which("kubectl"):
+        return ""
+    return "kubectl is missing on this machine: it speaks to the cluster; https://kubernetes.io/docs/tasks/tools/"
+
+
+def wait_for(look: Callable[[], T], what: str, seconds: float = 60) -> T:
+    """The first true answer of `look`. Raises LabError with the last answer, or the last failure, if time is up."""
+    deadline = time.monotonic() + seconds
+    while True:
+        last: object
+        try:
+            answer = look()
+            if answer:
+                return answer
+            last = answer
+        except LabError as error:
+            last = error
+        if time.monotonic() > deadline:
+            raise LabError(f"{what}: not within {seconds:g} s (last: {last})")
+        time.sleep(_POLL_SECONDS)
+
+
+def expect(found: object, expected: object, what: str) -> None:
+    """Raise LabError unless both are equal."""
+    if found != expected:
+        raise LabError(f"{what}: expected {expected}, found {found}")

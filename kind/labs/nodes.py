@@ -1,0 +1,150 @@
+"""kproxy on the nodes: its dry runs, what the kernel of a node holds, and the port of the host that leads to a node."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+from labs.kubectl import LabError, Object, get, try_kubectl, wait_for
+
+NAMESPACE = "kube-system"
+SELECTOR = "app.kubernetes.io/name=kproxy"
+_LOAD = Path(__file__).resolve().parents[1] / "load"
+_IMAGE_SECONDS = 600
+
+
+class ProxyPod(NamedTuple):
+    """A kproxy pod, and the flags that it runs with."""
+
+    name: str
+    node: str
+    flags: tuple[str, ...]
+
+    def dry_run(self, *more: str) -> str:
+        """What `kproxy --dry-run` prints on the node."""
+        command = ("kproxy", *self.flags, "--dry-run", *more)
+        return try_kubectl("-n", NAMESPACE, "exec", self.name, "-c", "kproxy", "--", *command)
+
+    def difference(self) -> str:
+        """Why the kernel is not as it should be; nothing if it is."""
+        printed = self.dry_run("-o", "json")
+        try:
+            counts = json.loads(printed[printed.index("{") : printed.rindex("}") + 1])["counts"]
+        except (ValueError, KeyError):
+            return f"{self.node}: the dry run fails: {printed.strip()}"
+        return f"{self.node}: {counts}" if any(counts.values()) else ""
+
+    def log_end(self) -> str:
+        """The last lines of its log."""
+        return try_kubectl("-n", NAMESPACE, "logs", self.name, "-c", "kproxy", "--tail=20")
+
+
+def proxy_pods() -> list[ProxyPod]:
+    """kproxy's pods. Raises LabError where a node has none that runs."""
+    daemonset = get("-n", NAMESPACE, "daemonset", "kproxy")
+    pods = get("-n", NAMESPACE, "pods", "-l", SELECTOR)["items"]
+    running = [
+        pod for pod in pods if pod["status"].get("phase") == "Running" and "deletionTimestamp" not in pod["metadata"]
+    ]
+    wanted = daemonset["status"].get("desiredNumberScheduled", 0)
+    if len(running) != wanted or not wanted:
+        raise LabError(f"kproxy runs on {len(running)} nodes of {wanted}")
+    return [_proxy_pod(pod) for pod in running]
+
+
+def _proxy_pod(pod: Object) -> ProxyPod:
+    node = pod["spec"]["nodeName"]
+    container = next(c for c in pod["spec"]["containers"] if c["name"] == "kproxy")
+    flags = tuple(flag.replace("$(NODE_NAME)", node) for flag in container.get("args", ()))
+    return ProxyPod(pod["metadata"]["name"], node, flags)
+
+
+def wait_until_programmed() -> None:
+    """Wait until every node's kernel holds what it should, and nothing else. Raises LabError."""
+    pods = proxy_pods()
+
+    def no_difference() -> bool:
+        if found := [difference for pod in pods if (difference := pod.difference())]:
+            raise LabError("; ".join(found))
+        return True
+
+    wait_for(no_difference, "every node's kernel holds what it should", 30)
+
+
+class KindCluster(NamedTuple):
+    """The containers that are the nodes of a kind cluster, where they run on this machine."""
+
+    name: str
+    engine: str
+    nodes: tuple[str, ...]
+
+    def load(self, images: list[str]) -> None:
+        """Bring images that this machine has to the nodes. Raises LabError."""
+        done = subprocess.run(
+            (str(_LOAD), self.name, *images), capture_output=True, text=True, timeout=_IMAGE_SECONDS, check=False
+        )
+        if done.returncode:
+            raise LabError(f"the images cannot be brought to the nodes: {done.stderr.strip() or done.stdout.strip()}")
+
+    def rules(self, node: str) -> str:
+        """Everything that the tools of the node image show of a node's kernel."""
+        commands = (
+            "nft list ruleset",
+            "iptables-save",
+            "ip6tables-save",
+            "ipvsadm-save -n",
+            "ipset save",
+            "ip address",
+        )
+        return "".join(_output(self.engine, "exec", node, *command.split()) for command in commands)
+
+    def published(self, node_port: int) -> str:
+        """Where this machine answers for a node port, as host:port; nothing if it does not."""
+        for node in self.nodes:
+            for line in _output(self.engine, "port", node, f"{node_port}/tcp").splitlines():
+                return f"localhost:{line.rpartition(':')[2]}"
+        return ""
+
+
+def kind_cluster() -> KindCluster | None:
+    """The kind cluster that kubectl reaches, if it is one and its containers are here."""
+    nodes = get("nodes")["items"]
+    kind, _, rest = nodes[0]["spec"].get("providerID", "").partition("://")
+    provider, _, names = rest.partition("/")
+    if kind != "kind" or not shutil.which(provider) or not shutil.which("kind"):
+        return None
+    containers = tuple(node["metadata"]["name"] for node in nodes)
+    if not _output(provider, "inspect", containers[0]):
+        return None
+    return KindCluster(names.partition("/")[0], provider, containers)
+
+
+def answer_on_this_machine(address: str) -> bytes:
+    """The page at http://<address>/, without any HTTP proxy. Raises LabError."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(f"http://{address}/", timeout=3) as answer:
+            page: bytes = answer.read()
+            return page
+    except OSError as error:
+        raise LabError(f"http://{address}/ from this machine: {error}") from error
+
+
+def node_addresses() -> list[str]:
+    """The InternalIP of every node."""
+    return [
+        address["address"]
+        for node in get("nodes")["items"]
+        for address in node["status"]["addresses"]
+        if address["type"] == "InternalIP"
+    ]
+
+
+def _output(*command: str) -> str:
+    """What a command prints if it succeeds: a node image may lack a tool, and a mode needs none of the others'."""
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
+    return "" if done.returncode else done.stdout
