@@ -8,12 +8,12 @@ from functools import lru_cache
 from itertools import count
 
 from kproxy.dataplane.base import Entries, Key, Value
-from kproxy.dataplane.iptables.entries import ChainKey, JumpKey, Tables
+from kproxy.dataplane.iptables.entries import EXISTS, ChainKey, JumpKey, Tables
 from kproxy.dataplane.iptables.names import Table
 from kproxy.dataplane.iptables.rule import AnyRule, Jump, OpaqueRule, Rule, SetMatch, VirtualServerMatch
 from kproxy.dataplane.ipvs import names
 from kproxy.dataplane.ipvs.blocks import blocks, kept_from_node
-from kproxy.dataplane.ipvs.entries import EXISTS, STRAY, RuleKey, VirtualServerKey
+from kproxy.dataplane.ipvs.entries import STRAY, RuleKey, VirtualServerKey
 from kproxy.dataplane.ipvs.jumps import BUILT_IN, CHAINS, jumps_from
 from kproxy.dataplane.ipvs.options import Options
 from kproxy.model import Family, NodeFacts, Protocol

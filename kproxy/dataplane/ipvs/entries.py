@@ -2,7 +2,8 @@
 
 Virtual servers with their real servers, addresses on the device, ipsets with their members, and rules of iptables.
 Rules that are there only while a set has members, or once for each address, are blocks: entries that the Services
-which need them have in common. A chain of ours is its blocks in the order of their places.
+which need them have in common. A chain of ours is its blocks in the order of their places. Chains and jumps have the
+keys that they have in iptables mode; `EXISTS` is from there, too.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import NamedTuple
 import msgspec
 
 from kproxy.dataplane.base import Key
-from kproxy.dataplane.iptables.entries import EXISTS as EXISTS  # its chains and jumps, too, are keys of this mode
 from kproxy.dataplane.iptables.names import Table
 from kproxy.dataplane.ipvs import names
 from kproxy.model import Family, Protocol, join_host_port

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from kproxy.dataplane.base import Entries
-from kproxy.dataplane.iptables.entries import ChainKey, JumpKey
+from kproxy.dataplane.iptables.entries import EXISTS, ChainKey, JumpKey
 from kproxy.dataplane.ipvs.blocks import blocks
-from kproxy.dataplane.ipvs.entries import EXISTS, DeviceKey
+from kproxy.dataplane.ipvs.entries import DeviceKey
 from kproxy.dataplane.ipvs.jumps import BUILT_IN, CHAINS, jumps_from
 from kproxy.dataplane.ipvs.options import Options
 from kproxy.dataplane.ipvs.sets import render_sets

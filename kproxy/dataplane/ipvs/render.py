@@ -7,10 +7,10 @@ from functools import lru_cache
 from ipaddress import ip_address, ip_network
 
 from kproxy.dataplane.base import Entries
+from kproxy.dataplane.iptables.entries import EXISTS
 from kproxy.dataplane.ipvs import names
 from kproxy.dataplane.ipvs.blocks import kept_from_node, rules_of_sets
 from kproxy.dataplane.ipvs.entries import (
-    EXISTS,
     MH_PORT,
     PERSISTENT,
     AddressKey,
