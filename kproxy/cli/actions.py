@@ -10,10 +10,11 @@ from kproxy import sysctl
 from kproxy.cli import difference
 from kproxy.cli.assembly import gather, machine, source
 from kproxy.cli.invocation import Invocation, UsageError
-from kproxy.config.v1alpha1 import Configuration
+from kproxy.config.v1alpha1 import Configuration, ProxyMode
 from kproxy.dataplane.base import ApplyError, UnsupportedError
 from kproxy.explain import Action, Node, Packet, explain
 from kproxy.model import Family, Protocol, canonical_address
+from kproxy.modes.iptables import Iptables
 from kproxy.modes.remains import Succession, places
 from kproxy.node_addresses import local_addresses, supported_families
 from kproxy.observers import Cleaned, Logged
@@ -40,6 +41,13 @@ def initialise(configuration: Configuration) -> None:
     settings = sysctl.conntrack_settings(conntrack_limits(configuration), sysctl.host_cpus())
     for setting in sysctl.apply(settings):
         log.info("set", file=f"/{setting.path}", value=setting.value)
+
+
+def init_only(invocation: Invocation) -> None:
+    """Do what needs more than CAP_NET_ADMIN, for a proxy that has no more. Raises what the start of one raises."""
+    initialise(invocation.configuration)
+    if invocation.configuration.mode is ProxyMode.IPTABLES:
+        Iptables(invocation.configuration, supported_families(), writes=True).open_localhost()
 
 
 def sync_once(invocation: Invocation) -> int:

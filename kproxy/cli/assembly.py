@@ -19,9 +19,12 @@ from kproxy.config.defaults import with_mode
 from kproxy.config.errors import ConfigError
 from kproxy.config.v1alpha1 import Configuration, ProxyMode
 from kproxy.dataplane.base import UnsupportedError
+from kproxy.dataplane.nftables.kernel import COUNTED_ENDPOINTS
 from kproxy.facts import Facts
 from kproxy.model import Family, NodeFacts
 from kproxy.modes.base import Mode
+from kproxy.modes.iptables import Iptables
+from kproxy.modes.nftables import Nftables
 from kproxy.modes.remains import in_place
 from kproxy.node_addresses import local_addresses, supported_families
 from kproxy.proxy import StartError
@@ -63,16 +66,11 @@ def _open_mode(invocation: Invocation, families: Sequence[Family], *, writes: bo
             log.warning("nftables mode, the default, is not possible here; taking iptables mode", reason=str(error))
     if mode is ProxyMode.IPVS:
         raise UnsupportedError(f"proxy mode {mode.value} is not available in this version; use nftables or iptables")
-    from kproxy.modes.iptables import Iptables
-
     configuration = with_mode(invocation.configuration, ProxyMode.IPTABLES)
     return ProxyMode.IPTABLES, Iptables(configuration, families, writes=writes)
 
 
 def _open_nftables(invocation: Invocation, families: Sequence[Family], *, writes: bool) -> Mode:
-    from kproxy.dataplane.nftables.kernel import COUNTED_ENDPOINTS
-    from kproxy.modes.nftables import Nftables
-
     metrics = invocation.settings.service_metrics
     opened = Nftables(families, max(COUNTED_ENDPOINTS, metrics.limit) if metrics.enabled else 0)
     if writes:

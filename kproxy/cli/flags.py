@@ -163,7 +163,9 @@ GROUPS = (
     Group(
         "Mode and masquerading",
         (
-            Flag("proxy-mode", _one_of(ProxyMode, None), "empty: nftables (the only one so far)", ("mode",)),
+            Flag(
+                "proxy-mode", _one_of(ProxyMode, None), "empty: nftables where the kernel can, else iptables", ("mode",)
+            ),
             Flag(
                 "masquerade-all",
                 BOOL,

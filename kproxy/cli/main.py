@@ -99,7 +99,7 @@ def _act(invocation: Invocation) -> int:
         case Action.WRITE_CONFIG:
             _write_config(invocation)
         case Action.INIT_ONLY:
-            actions.initialise(invocation.configuration)
+            actions.init_only(invocation)
         case Action.CLEANUP:
             return actions.clean_up(only_list=invocation.only_list)
         case Action.ONCE:

@@ -14,7 +14,8 @@ from kproxy.cluster import ClusterState
 from kproxy.cluster.size import ClusterSize
 from kproxy.config.defaults import mode_settings
 from kproxy.config.v1alpha1 import Configuration, ProxyMode
-from kproxy.dataplane.iptables import accounting, variant
+from kproxy.dataplane.base import diff
+from kproxy.dataplane.iptables import accounting, localhost, variant
 from kproxy.dataplane.iptables.dataplane import IptablesDataplane
 from kproxy.dataplane.iptables.kernel import IptablesKernel
 from kproxy.dataplane.iptables.options import INVALID_DROPPED, LOCALHOST_ACCEPTED, Options
@@ -41,20 +42,20 @@ class Iptables:
 
     def __init__(self, configuration: Configuration, families: Sequence[Family], *, writes: bool) -> None:
         chosen = variant.find(families)
-        localhost = (
+        self._opens_localhost = (
             Family.IPv4 in families
             and configuration.iptables.localhost_node_ports
             and list(configuration.node_port_addresses) != [PRIMARY]
             and accepts_ipv4_loopback(node_port_cidrs(configuration.node_port_addresses, {})[Family.IPv4])
         )
-        self.kernel = IptablesKernel(families, chosen, guards_localhost=localhost)
+        self.kernel = IptablesKernel(families, chosen, guards_localhost=self._opens_localhost)
         features = self.kernel.probe()
         log.debug("iptables", variant=chosen.value, versions=features.versions)
         self._counters = _counters(make=writes) if features.nfacct else frozenset[str]()
         options = Options(
             random_fully=features.random_fully,
             drop_invalid=not current(_BE_LIBERAL),
-            localhost_node_ports=localhost,
+            localhost_node_ports=self._opens_localhost,
             counters=self._counters,
         )
         self.dataplane = IptablesDataplane(self.kernel, options)
@@ -68,6 +69,13 @@ class Iptables:
                 used=chosen.value,
                 chains=len(strangers),
             )
+
+    def open_localhost(self) -> None:
+        """Do what node ports on localhost take beside their own rules, if wanted. Raises ApplyError and OSError."""
+        if self._opens_localhost:
+            wanted = localhost.GUARDED | {localhost.ROUTE_LOCALNET: 1}
+            there = self.kernel.read()
+            self.kernel.apply(diff(wanted, {key: there[key] for key in wanted if key in there}))
 
     def large_families(self, state: ClusterState) -> Callable[[], frozenset[Family]]:
         """See `kproxy.modes.base.Mode`."""

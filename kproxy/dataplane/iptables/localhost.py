@@ -29,17 +29,18 @@ GUARD = (
 )
 
 
+# All of KUBE-FIREWALL: the chain and the way to it.
+GUARDED: Entries = {ChainKey(Family.IPv4, "filter", names.KUBELET_FIREWALL): GUARD} | {
+    JumpKey(Family.IPv4, table, chain, place): jump.rule
+    for table, chain in BUILT_IN
+    for place, jump in enumerate(jumps_from(table, chain))
+    if jump.target == names.KUBELET_FIREWALL
+}
+
+
 def is_guarded(in_place: Entries) -> bool:
     """Whether what the kernel holds keeps neighbours from what listens on loopback only."""
-    rules = in_place.get(ChainKey(Family.IPv4, "filter", names.KUBELET_FIREWALL))
-    jumps = [
-        (JumpKey(Family.IPv4, table, chain, place), jump.rule)
-        for table, chain in BUILT_IN
-        for place, jump in enumerate(jumps_from(table, chain))
-        if jump.target == names.KUBELET_FIREWALL
-    ]
-    guarded = isinstance(rules, tuple) and GUARD[0] in rules
-    return guarded and all(in_place.get(key) == rule for key, rule in jumps)
+    return all(in_place.get(key) == value for key, value in GUARDED.items())
 
 
 def setting(key: SettingKey, wanted: object) -> Setting:
