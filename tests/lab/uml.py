@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 KERNEL = "linux.uml"
@@ -27,6 +27,7 @@ _REPOSITORY = Path(__file__).resolve().parents[2]
 _MEMORY_MIB = 1024
 _POLL_SECONDS = 0.05
 _POWER_OFF_SECONDS = 5.0
+_BY_HAND_SECONDS = 3600.0
 _INSIDE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 # What the kernel does not load by itself when it is first used. What is not there in one kernel may be built in.
@@ -79,10 +80,13 @@ class CrashError(Exception):
 class Machine:
     """A User-Mode Linux that runs one command. It starts at once and works in the background until `close`.
 
-    Raises UnavailableError where there is no User-Mode Linux.
+    `files` (name → text) are put in the shared directory before. It ends with the thread that made it. Raises
+    UnavailableError where there is no User-Mode Linux.
     """
 
-    def __init__(self, command: Sequence[str], *, env: Mapping[str, str] = os.environ) -> None:
+    def __init__(
+        self, command: Sequence[str], *, env: Mapping[str, str] = os.environ, files: Mapping[str, str] | None = None
+    ) -> None:
         reason = why_unavailable()
         if reason:
             raise UnavailableError(reason)
@@ -91,6 +95,8 @@ class Machine:
         self._console = self.shared / "console"
         self._status = self.shared / "status"
         try:
+            for name, text in (files or {}).items():
+                (self.shared / name).write_text(text)
             self._write_environment(env)
             self._write_init(command)
             self._process = self._boot()
@@ -107,6 +113,20 @@ class Machine:
         if "Kernel panic" in self._console.read_text(errors="replace"):  # it would turn round and round for ever
             raise CrashError(f"User-Mode Linux crashed\n{self.last_words()}")
         return None
+
+    def wait(self, seconds: float, say: Callable[[bytes], object]) -> int:
+        """The exit status of the command; `say` gets what it prints. Raises CrashError, also when the time is up."""
+        deadline = time.monotonic() + seconds
+        with self.output.open("rb") as output:
+            while True:
+                status = self.poll()
+                if said := output.read():
+                    say(said)
+                if status is not None:
+                    return status
+                if time.monotonic() > deadline:
+                    raise CrashError(f"User-Mode Linux: not done within {seconds:g} s\n{self.last_words()}")
+                time.sleep(_POLL_SECONDS)
 
     def last_words(self) -> str:
         """The end of what the command and the kernel said."""
@@ -163,6 +183,7 @@ class Machine:
         # Its memory is a file, which must be on a tmpfs that is large enough and allows execution; /dev/shm of a
         # container is often neither, so it gets one of its own. Pages are taken when they are first used.
         shell = f'mount -t tmpfs -o size={_MEMORY_MIB + 64}m tmpfs /dev/shm && exec "$@"'
+        tether = ["setpriv", "--pdeathsig", "KILL"]  # or it would outlive a pytest that is killed
         isolation = ["unshare", "--fork", "--kill-child", "--pid", "--mount", "--net", "--ipc", "sh", "-c", shell, "sh"]
         options = [
             "root=/dev/root",
@@ -176,7 +197,7 @@ class Machine:
         with self._console.open("wb") as console, self.output.open("wb") as output:
             consoles = ["con=null", "con0=fd:0,fd:1", f"con1=null,fd:{output.fileno()}", "uml_dir=/dev/shm/"]
             return subprocess.Popen(
-                [*isolation, KERNEL, *options, *consoles],
+                [*tether, *isolation, KERNEL, *options, *consoles],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=console,
@@ -197,34 +218,12 @@ def why_unavailable() -> str:
     return ""
 
 
-def follow(machine: Machine, *, seconds: float) -> Iterator[bytes | int]:
-    """What the command says while it says it, at last its exit status. Raises CrashError, also when the time is up."""
-    deadline = time.monotonic() + seconds
-    with machine.output.open("rb") as output:
-        while True:
-            status = machine.poll()
-            said = output.read()
-            if said:
-                yield said
-            if status is not None:
-                yield status
-                return
-            if time.monotonic() > deadline:
-                raise CrashError(f"User-Mode Linux: not done within {seconds:g} s\n{machine.last_words()}")
-            time.sleep(_POLL_SECONDS)
-
-
 def run(command: Sequence[str], *, seconds: float = 300.0) -> tuple[int, str]:
     """Run a command; its exit status and output. Raises UnavailableError, CrashError."""
-    said, status = b"", -1
     with Machine(command) as machine:
-        for word in follow(machine, seconds=seconds):
-            match word:
-                case bytes():
-                    said += word
-                case int():
-                    status = word
-    return status, said.decode(errors="replace")
+        said: list[bytes] = []
+        status = machine.wait(seconds, said.append)
+    return status, b"".join(said).decode(errors="replace")
 
 
 def _quoted(path: Path) -> str:
@@ -235,20 +234,17 @@ def main() -> int:
     """The command line."""
     if not sys.argv[1:]:
         sys.exit(__doc__)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the machine is closed
-    status = 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the machine is closed
+
+    def say(said: bytes) -> None:
+        sys.stdout.buffer.write(said)
+        sys.stdout.flush()
+
     try:
         with Machine(sys.argv[1:]) as machine:
-            for word in follow(machine, seconds=3600):
-                match word:
-                    case bytes():
-                        sys.stdout.buffer.write(word)
-                        sys.stdout.flush()
-                    case int():
-                        status = word
+            return machine.wait(_BY_HAND_SECONDS, say)
     except (UnavailableError, CrashError) as error:
         sys.exit(str(error))
-    return status
 
 
 if __name__ == "__main__":

@@ -1,0 +1,165 @@
+"""Tests marked `ipvs` on a host whose kernel has no IPVS: all of them in one User-Mode Linux, beside the other tests.
+
+A pytest inside runs the selected items and writes down their reports (`uml_inner.py`); this one replays them under the
+same names, so counts, `-x`, `-k`, failures and their output are as if they had run here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.ipvs.uml_inner import REPORTS, SELECTED, Line
+from tests.lab import uml
+
+MARKER = "ipvs"
+
+_SILENCE_SECONDS = 180.0  # between two lines; a test takes seconds, start and collection some ten
+_POLL_SECONDS = 0.02
+_COVERAGE = "coverage"
+
+
+class TroubleError(Exception):
+    """No more reports come; the message says why."""
+
+
+class InnerPytest:
+    """The pytest in User-Mode Linux. Raises uml.UnavailableError."""
+
+    def __init__(self, items: list[pytest.Item], *, coverage: bool) -> None:
+        files = dict.fromkeys(str(item.path) for item in items)
+        measure = ["-p", "pytest_cov.plugin", "--cov", "--cov-report="] if coverage else []
+        options = ["-p", "no:cacheprovider", "-p", "tests.ipvs.uml_inner", *measure]
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
+        env |= {
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # Python starts slowly there
+            "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",
+            "COVERAGE_FILE": str(uml.SHARED / _COVERAGE),
+        }
+        self._machine = uml.Machine(
+            [sys.executable, "-m", "pytest", *options, f"--rootdir={items[0].config.rootpath}", *files],
+            env=env,
+            files={SELECTED: json.dumps([item.nodeid for item in items]), REPORTS: ""},
+        )
+        self._reports = (self._machine.shared / REPORTS).open("rb")
+        self._unread = b""
+
+    def next_line(self) -> Line:
+        """What it says next. Raises TroubleError if it ended, crashed or stands still."""
+        deadline = time.monotonic() + _SILENCE_SECONDS
+        while True:
+            try:
+                ended = self._machine.poll() is not None
+            except uml.CrashError as error:
+                raise TroubleError(str(error)) from error
+            self._unread += self._reports.read()
+            line, newline, rest = self._unread.partition(b"\n")
+            if newline:
+                self._unread = rest
+                return Line(*json.loads(line))
+            if ended:
+                raise TroubleError(f"pytest in User-Mode Linux ended too early\n{self._machine.last_words()}")
+            if time.monotonic() > deadline:
+                silence = f"nothing new for {_SILENCE_SECONDS:g} s"
+                raise TroubleError(f"pytest in User-Mode Linux: {silence}\n{self._machine.last_words()}")
+            time.sleep(_POLL_SECONDS)
+
+    def copy_coverage(self) -> None:
+        """Put what was measured inside beside what is measured here, where pytest-cov combines it."""
+        ours = Path(os.environ.get("COVERAGE_FILE", ".coverage"))
+        for measured in self._machine.shared.glob(f"{_COVERAGE}.*"):
+            shutil.copy(measured, ours.with_name(f"{ours.name}.{measured.name}"))
+
+    def close(self) -> None:
+        """End it, done or not."""
+        self._reports.close()
+        self._machine.close()
+
+
+class IpvsInUml:
+    """The pytest plugin of the outer side."""
+
+    def __init__(self) -> None:
+        self._inner: InnerPytest | None = None
+        self._trouble = ""
+        self._total = self._done = 0
+        self._summary = ""
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Put them last: they run while the others do."""
+        items.sort(key=_is_for_uml)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Start as soon as it is known what to run."""
+        items = [item for item in session.items if _is_for_uml(item)]
+        if not items or session.config.option.collectonly:
+            return
+        self._total = len(items)
+        try:
+            self._inner = InnerPytest(items, coverage=bool(getattr(session.config.option, "cov_source", None)))
+        except uml.UnavailableError as error:
+            reason = f"the kernel has no IPVS, and {error}"
+            if os.environ.get("CI") == "true":
+                self._trouble = reason  # they fail: a green build without them would say too much
+            else:
+                for item in items:
+                    item.add_marker(pytest.mark.skip(reason=reason))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        """Replay the reports of one item."""
+        if not _is_for_uml(item) or not (self._inner or self._trouble):
+            return None
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        if self._inner and not self._trouble:
+            try:
+                self._replay(item, self._inner)
+            except TroubleError as error:
+                self._trouble = str(error)
+        if self._trouble:
+            item.ihook.pytest_runtest_logreport(report=_failure(item, self._trouble))
+            self._trouble = self._trouble.partition("\n")[0]  # the rest would be the same for each
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        return True
+
+    def pytest_sessionfinish(self) -> None:
+        """Leave nothing behind."""
+        if self._inner:
+            self._inner.close()
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Say where they ran."""
+        if self._summary:
+            terminalreporter.write_line(self._summary)
+
+    def _replay(self, item: pytest.Item, inner: InnerPytest) -> None:
+        while (line := inner.next_line()).kind == "report":
+            report = item.config.hook.pytest_report_from_serializable(config=item.config, data=line.content)
+            item.ihook.pytest_runtest_logreport(report=report)
+        if line.kind == "end" or line.content != item.nodeid:
+            raise TroubleError(f"pytest in User-Mode Linux ran something else: {line}")
+        self._done += 1
+        if self._done == self._total:
+            self._finish(inner)
+
+    def _finish(self, inner: InnerPytest) -> None:
+        line = inner.next_line()
+        if line.kind != "end" or line.content["status"] not in {pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED}:
+            raise TroubleError(f"pytest in User-Mode Linux ended badly: {line}")
+        inner.copy_coverage()
+        where = f"User-Mode Linux (kernel {line.content['kernel']})"
+        self._summary = f"{self._total} tests ran inside {where} in {line.content['seconds']:.1f} s"
+
+
+def _is_for_uml(item: pytest.Item) -> bool:
+    return item.get_closest_marker(MARKER) is not None
+
+
+def _failure(item: pytest.Item, reason: str) -> pytest.TestReport:
+    return pytest.TestReport(item.nodeid, item.location, {item.name: 1}, "failed", reason, "call")
