@@ -9,7 +9,8 @@ import ctypes
 import os
 import select
 import struct
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 IN_ATTRIB = 0x4
@@ -25,6 +26,9 @@ IN_ONLYDIR = 0x1000000
 _EVENTS = (
     IN_ATTRIB | IN_CLOSE_WRITE | IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE | IN_DELETE | IN_DELETE_SELF | IN_MOVE_SELF
 )
+SETTLE_SECONDS = 0.1  # without a further change, before files are read
+LONGEST_SETTLE_SECONDS = 1.0
+_MOST_LINKS = 40  # as in the kernel
 _HEADER = struct.Struct("iIII")  # struct inotify_event: wd, mask, cookie, length of the name that follows
 
 Names = Collection[str] | None  # None: all
@@ -67,6 +71,12 @@ class Inotify:
             if self._changed():
                 return True
 
+    def settle(self) -> None:
+        """Wait until nothing has changed for a moment, so that a group of changes is read at once."""
+        deadline = time.monotonic() + LONGEST_SETTLE_SECONDS
+        while self.wait(SETTLE_SECONDS) and time.monotonic() < deadline:
+            pass
+
     def wake(self) -> None:
         """End this and all further waiting; from any thread."""
         os.eventfd_write(self._wake, 1)
@@ -92,6 +102,30 @@ class Inotify:
             wanted = self._names.get(watch, ())
             changed |= not name or wanted is None or name in wanted
         return changed
+
+
+def way_to(path: Path) -> Iterator[tuple[Path, str]]:
+    """The entries whose replacement changes where a path leads: links, the last name, or the first that is missing."""
+    current = Path("/")
+    names = list((Path.cwd() / path).parts[1:])
+    links = 0
+    while names:
+        name = names.pop(0)
+        if name == "..":
+            current = current.parent
+            continue
+        entry = current / name
+        if entry.is_symlink() and links < _MOST_LINKS:
+            links += 1
+            yield current, name
+            target = entry.readlink()
+            names = [*(target.parts[1:] if target.is_absolute() else target.parts), *names]
+            current = Path("/") if target.is_absolute() else current
+        elif not names or not entry.exists():
+            yield current, name
+            return
+        else:
+            current = entry
 
 
 def _os_error(what: str) -> OSError:

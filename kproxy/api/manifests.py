@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -19,14 +17,11 @@ import structlog
 from kproxy.api.documents import Content, ObjectKey, read
 from kproxy.api.errors import ManifestError
 from kproxy.api.events import Alive, Changed, Deleted, Listed, Sink
-from kproxy.api.inotify import Inotify, Names
+from kproxy.api.inotify import LONGEST_SETTLE_SECONDS, Inotify, Names, way_to
 from kproxy.api.objects import Kind, Object
 from kproxy.api.resources import concerns_us
 
 SUFFIXES = (".yaml", ".yml", ".json")
-SETTLE_SECONDS = 0.1  # without a further change, before files are read
-LONGEST_SETTLE_SECONDS = 1.0
-_MOST_LINKS = 40  # as in the kernel
 # A Service comes after its endpoints, so that it is never seen without them.
 _ORDER: tuple[Kind, ...] = ("Node", "ServiceCIDR", "EndpointSlice", "Service")
 _log = structlog.get_logger(__name__)
@@ -178,7 +173,7 @@ class ManifestSource:
                 sink(Alive(kind))
             if not inotify.wait(None if watching else LONGEST_SETTLE_SECONDS) and watching:
                 continue
-            _settle(inotify)
+            inotify.settle()
             watching = self._watch(inotify)
             errors = self._refresh(errors)
             self._deliver(known, sink)
@@ -221,50 +216,19 @@ def _read_whole(files: ManifestFiles) -> None:
         raise ManifestError(tuple(errors))
 
 
-def _settle(inotify: Inotify) -> None:
-    """Wait until nothing has changed for a moment, so that a group of changes is read at once."""
-    deadline = time.monotonic() + LONGEST_SETTLE_SECONDS
-    while inotify.wait(SETTLE_SECONDS) and time.monotonic() < deadline:
-        pass
-
-
 def _places(path: Path) -> dict[Path, Names]:
     """The directories, and the names in them, on which the manifests depend: through symbolic links as well.
 
     A ConfigMap volume replaces all its files by renaming one link, and a file may lie behind a link elsewhere.
     """
     places: dict[Path, set[str]] = {}
-    for folder, name in _way_to(path):
+    for folder, name in way_to(path):
         places.setdefault(folder, set()).add(name)
     everything: dict[Path, Names] = {}
     if path.is_dir():
         everything[path.resolve()] = None
         for entry in path.iterdir():
             if entry.suffix in SUFFIXES and entry.is_symlink():
-                for folder, name in _way_to(entry):
+                for folder, name in way_to(entry):
                     places.setdefault(folder, set()).add(name)
     return {**places, **everything}
-
-
-def _way_to(path: Path) -> Iterator[tuple[Path, str]]:
-    """The entries whose replacement changes where a path leads: links, the last name, or the first that is missing."""
-    current = Path("/")
-    names = list((Path.cwd() / path).parts[1:])
-    links = 0
-    while names:
-        name = names.pop(0)
-        if name == "..":
-            current = current.parent
-            continue
-        entry = current / name
-        if entry.is_symlink() and links < _MOST_LINKS:
-            links += 1
-            yield current, name
-            target = entry.readlink()
-            names = [*(target.parts[1:] if target.is_absolute() else target.parts), *names]
-            current = Path("/") if target.is_absolute() else current
-        elif not names or not entry.exists():
-            yield current, name
-            return
-        else:
-            current = entry

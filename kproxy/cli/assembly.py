@@ -46,7 +46,7 @@ def node_name(configuration: Configuration) -> str:
     return name
 
 
-def _open_mode(invocation: Invocation, families: Sequence[Family], *, writes: bool) -> tuple[ProxyMode, Mode]:
+def open_mode(invocation: Invocation, families: Sequence[Family], *, writes: bool) -> tuple[ProxyMode, Mode]:
     """The mode that is asked for, open. Raises UnsupportedError and OSError.
 
     Where none is asked for: nftables if the kernel can, else iptables; if nothing is to be written, that which is in
@@ -101,7 +101,7 @@ def machine(
     Raises UnsupportedError, ConfigError and OSError.
     """
     families = supported_families()
-    mode, opened = _open_mode(invocation, families, writes=writes)
+    mode, opened = open_mode(invocation, families, writes=writes)
     configuration = with_mode(invocation.configuration, mode)
 
     def note(text: str) -> None:

@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     for warning in invocation.warnings:
         log.warning(warning)
     try:
-        status = _act(invocation)
+        status = _act(invocation, argv)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -90,7 +90,7 @@ def _sentence(error: Exception) -> str:
     return said
 
 
-def _act(invocation: Invocation) -> int:
+def _act(invocation: Invocation, argv: Sequence[str]) -> int:
     match invocation.action:
         case Action.HELP:
             print(help_text())
@@ -112,7 +112,7 @@ def _act(invocation: Invocation) -> int:
         case Action.RUN:
             from kproxy.cli.run import run
 
-            return run(invocation)
+            return run(invocation, argv)
     return 0
 
 

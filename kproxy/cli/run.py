@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -14,6 +15,7 @@ from kproxy.api.objects import KINDS, Node, ObjectMeta
 from kproxy.cli import actions
 from kproxy.cli.assembly import Machine, machine, source
 from kproxy.cli.invocation import Invocation
+from kproxy.cli.reload import ConfigurationFile
 from kproxy.config.defaults import advice, mode_settings
 from kproxy.config.feature_gates import FEATURE_GATES, Stage
 from kproxy.config.v1alpha1 import to_v1alpha1
@@ -57,8 +59,10 @@ class _Addresses:
         self.changed()
 
 
-def run(invocation: Invocation) -> int:
+def run(invocation: Invocation, argv: Sequence[str]) -> int:
     """Run the proxy. Returns when a signal ends it, with the exit code that the signal would have given.
+
+    When the configuration file changes, the process starts itself anew instead, with the same command line.
 
     Rules stay in the kernel. Raises what ends a start: UnsupportedError, ConfigError, SysctlError, StartError …
     """
@@ -69,7 +73,7 @@ def run(invocation: Invocation) -> int:
     for line in advice(parts.configuration, parts.mode):
         log.warning(line)
     log.info("starting", version=__version__, mode=parts.mode.value, node=parts.state.node_name)
-    return _Running(invocation, parts, addresses).run()
+    return _Running(invocation, argv, parts, addresses).run()
 
 
 class _Thrifty(Observer):
@@ -87,8 +91,10 @@ class _Thrifty(Observer):
 
 
 class _Running:
-    def __init__(self, invocation: Invocation, parts: Machine, addresses: _Addresses) -> None:
+    def __init__(self, invocation: Invocation, argv: Sequence[str], parts: Machine, addresses: _Addresses) -> None:
         self._invocation = invocation
+        self._file = ConfigurationFile(argv, invocation, self._restart, self._reject)
+        self._restarts = False
         self._parts = parts
         self._addresses = addresses
         self._configuration = parts.configuration
@@ -168,6 +174,7 @@ class _Running:
         for family in self._parts.families:
             self._health.started(family)
         self._recorder.record(events.starting(self._parts.state.node_name))
+        self._file.start()
         self._source.start(self._proxy.post)
         self._proxy.run()
         self._source.stop()
@@ -176,6 +183,9 @@ class _Running:
         self._parts.opened.close()
         if self._fatal:
             raise StartError(self._fatal)
+        if self._restarts and not received:
+            log.info("the configuration file has changed; starting again")
+            os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - the very command line that started this
         log.info("ended; what is in the kernel stays in force", signal=signal.Signals(received[0]).name)
         return 128 + received[0]
 
@@ -215,6 +225,13 @@ class _Running:
                 self._proxy.stop()
 
         self._server.listen_or_retry(ListenAddress.parse(address), handler, failed)
+
+    def _restart(self) -> None:
+        self._restarts = True
+        self._proxy.stop()
+
+    def _reject(self, rejected: bool) -> None:
+        self._own.configuration_rejected.set(rejected)
 
     def _touched(self, who: str) -> None:
         log.warning("our part of the kernel was changed by someone else; comparing", by=who)

@@ -41,6 +41,16 @@ def without_effect(config: Configuration) -> list[str]:
 
 
 def gates_without_effect(config: Configuration) -> list[str]:
-    """A line for each feature gate that was switched and changes nothing. The gates are known ones."""
-    switched = [name for name, value in config.feature_gates.items() if value != FEATURE_GATES[name].default]
-    return [f"feature gate {name} has no effect in kproxy" for name in switched if not FEATURE_GATES[name].effect]
+    """A line for each feature gate that was switched and changes nothing.
+
+    Gates of other components are among them: kind writes all of a cluster's gates into kube-proxy's file, which knows
+    every gate of Kubernetes.
+    """
+    lines = []
+    for name, value in config.feature_gates.items():
+        gate = FEATURE_GATES.get(name)
+        if gate is None:
+            lines.append(f"feature gate {name} is not kube-proxy's and has no effect in kproxy")
+        elif value != gate.default and not gate.effect:
+            lines.append(f"feature gate {name} has no effect in kproxy")
+    return lines

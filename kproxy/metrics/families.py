@@ -220,6 +220,11 @@ class OwnMetrics:
             "Services left out because the kernel refuses what they ask for",
             registry=registry,
         )
+        self.configuration_rejected = Gauge(
+            "kproxy_configuration_rejected",
+            "1 while the configuration file says what cannot be used, and what it said before is in force",
+            registry=registry,
+        )
         self.events_dropped = Counter(
             "kproxy_events_dropped_total",
             "Kubernetes Events that were not delivered",

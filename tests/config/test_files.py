@@ -315,13 +315,15 @@ def test_a_field_twice_in_json_is_noticed_too(read):
 def test_settings_without_effect_are_named_with_the_reason(read):
     warnings = read(
         HEAD
-        + "portRange: 1-2\nclientConnection: {contentType: application/json}\nfeatureGates: {WatchListClient: false}\n"
+        + "portRange: 1-2\nclientConnection: {contentType: application/json}\n"
+        + "featureGates: {WatchListClient: false, SidecarContainers: true}\n"
     ).warnings
 
     assert [warning.partition(": ")[2] for warning in warnings] == [
         "clientConnection.contentType has no effect in kproxy: kproxy reads the API as JSON",
         "portRange has no effect in kproxy: kube-proxy does not use it either",
         "feature gate WatchListClient has no effect in kproxy",
+        "feature gate SidecarContainers is not kube-proxy's and has no effect in kproxy",
     ]
 
 

@@ -35,7 +35,6 @@ def test_the_defaults_are_valid_in_every_mode(mode):
 IMPOSSIBLE = "cannot match an interface: names have 1 to 15 characters, no blank and no slash"
 
 BROKEN = [
-    ({"featureGates": {"Foo": True}}, ["featureGates: unknown feature gate Foo"]),
     (
         {"featureGates": {"NFTablesProxyMode": False, "PreferSameTrafficDistribution": True}},
         ["featureGates: cannot set feature gate NFTablesProxyMode to false, feature is locked to true"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 HEALTHZ_PORT = 10256
 METRICS_PORT = 10249
 _STOP_SECONDS = 10.0
+_SETPRIV = shutil.which("setpriv") or "setpriv"
 
 
 def kproxy_command(flags: Sequence[str]) -> tuple[str, ...]:
@@ -45,12 +47,18 @@ class ProxyProcess:
         """Whether the process has been started and has not ended."""
         return self._process is not None and self._process.poll() is None
 
-    def start(self) -> None:
-        """Start it; returns at once."""
+    @property
+    def pid(self) -> int:
+        """The process's number. It must have been started."""
+        assert self._process
+        return self._process.pid
+
+    def start(self, **environment: str) -> None:
+        """Start it, with this in its environment; returns at once."""
         with self.log.open("ab") as log:
             self._process = self._node.namespace.start(
-                ("setpriv", "--pdeathsig", "KILL", *self._command),
-                env=kproxy_environment(),
+                (_SETPRIV, "--pdeathsig", "KILL", *self._command),
+                env=kproxy_environment() | environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
