@@ -13,14 +13,13 @@ from kproxy.cluster import ClusterState
 from kproxy.dataplane.base import Entries, diff
 from kproxy.dataplane.iptables.entries import EXISTS, ChainKey, JumpKey
 from kproxy.dataplane.ipvs.addresses import usable
-from kproxy.dataplane.ipvs.chains import chain_entries, laid_out
+from kproxy.dataplane.ipvs.chains import chain_entries
 from kproxy.dataplane.ipvs.entries import (
     AddressKey,
     DeviceKey,
     MemberKey,
     RealServer,
     RealServerKey,
-    RuleKey,
     SetKey,
     SetKind,
     SetType,
@@ -33,7 +32,8 @@ from kproxy.dataplane.ipvs.options import Options
 from kproxy.dataplane.ipvs.render import render_route
 from kproxy.model import Family, LocalDetector, NodeFacts, Protocol, canonical_address
 from tests.conformance import recorded
-from tests.iptables.tables import BUILT_IN, Tables, read_tables, restore_text
+from tests.iptables.tables import read_tables
+from tests.ipvs.tools import forget, read, readable, write
 from tests.lab.namespaces import Namespace
 
 IPVS = recorded.read("ipvs.json")
@@ -47,11 +47,6 @@ WITHOUT_MARK = (
     ("--or-mark", f"--or-mark {MARK}"),
 )
 SET_NAME = re.compile(r"(?<=--match-set )\S+")
-
-RULES = (ChainKey, RuleKey, JumpKey)
-PROGRAM = {Family.IPv4: "iptables", Family.IPv6: "ip6tables"}
-HASH_FAMILY = {Family.IPv4: "inet", Family.IPv6: "inet6"}
-EMPTY = "*filter\nCOMMIT\n*nat\nCOMMIT\n"
 
 # Where kproxy does otherwise unless it is told to do as kube-proxy: a policy Local has no endpoint on this node, and
 # kube-proxy sends the traffic elsewhere. The virtual servers, and the endpoints that they do not have.
@@ -151,27 +146,6 @@ def with_a_port(scenario: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def with_tables(netns: Namespace, variant: str, family: Family, entries: Entries) -> None:
-    """Write sets and rules with the tools that administrators have."""
-    sets, members = [], []
-    for key, value in entries.items():
-        match key, value:
-            case SetKey(name), SetType(SetKind.PORT):
-                sets.append(f"create {name} bitmap:port range 0-65535")
-            case SetKey(name), SetType(kind):
-                sets.append(f"create {name} {kind} family {HASH_FAMILY[family]}")
-            case MemberKey(name, member), _:
-                members.append(f"add {name} {member}")
-    netns.command("ipset", "restore", stdin="\n".join([*sets, *members, ""]))
-    tables: Tables = {table: {chain: [] for chain in chains} for table, chains in BUILT_IN.items()}
-    for key, rules in laid_out(entries).items():
-        tables[key.table][key.chain] = list(rules)
-    for key, value in entries.items():
-        if isinstance(key, JumpKey):
-            tables[key.table][key.chain].append(value)
-    netns.command(f"{PROGRAM[family]}-{variant}-restore", stdin=restore_text(tables))
-
-
 def comparable(entries: Entries) -> Entries:
     """With set members as text, as they were recorded."""
     return {
@@ -218,19 +192,11 @@ def test_the_kernel_gives_back_every_set_and_rule(variant: str, netns: Namespace
         for step in with_a_port(scenario)["steps"]:
             given.advance(step)
             entries = given.entries()
-            with_tables(netns, variant, given.family, entries)
+            write(netns, variant, entries, given.family)
 
-            saved = netns.command(f"{PROGRAM[given.family]}-{variant}-save").stdout.splitlines()
-            sets = netns.command("ipset", "save").stdout.splitlines()
-
-            found = chain_entries(given.family, read_tables(saved, given.family))
-            assert diff({key: value for key, value in entries.items() if isinstance(key, RULES)}, found) == []
-            assert {line for line in sets if line.startswith("add ")} == {
-                f"add {key.set_name} {key.member}" for key in entries if isinstance(key, MemberKey)
-            }
+            assert diff(readable(entries, given.family), read(netns, variant, given.family)) == []
+            forget(netns, variant, given.family)
             written += 1
-            netns.command(f"{PROGRAM[given.family]}-{variant}-restore", stdin=EMPTY)
-            netns.command("ipset", "destroy")
     assert written
 
 
