@@ -6,22 +6,29 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kproxy.dataplane.iptables.commands import Variant
 from kproxy.model import Family, join_host_port
 from tests.lab import scenario as scenarios
 from tests.lab.expectations import complaints, misses
 from tests.lab.flows import Connection, Fate, Flow
 from tests.lab.packets import Lab
-from tests.lab.proxy import CommandLine, InProcess, Proxy
+from tests.lab.proxy import HINT, CommandLine, InProcess, Proxy
 from tests.lab.scenario import FlowSpec, Objects, Scenario, Step
 
 FOLDER = Path(__file__).parent / "scenarios"
-MODES = ("nftables",)
+MODES: dict[str, tuple[str, Variant | None]] = {
+    "nftables": ("nftables", None),
+    "iptables-nft": ("iptables", Variant.NFT),
+    "iptables-legacy": ("iptables", Variant.LEGACY),
+}
+# What is written is the same in both variants; how legacy tables are written is tried with IPv4 and dual stack.
+UNTOLD = {(Family.IPv6, Variant.LEGACY)}
 CONNECTIONS_PER_CLIENT = 5
 CONNECTIONS_AT_ONCE = 16
 ROUNDS_UNDER_TRAFFIC = 10
@@ -31,24 +38,41 @@ def stories(families: Iterable[Family] = Family) -> Iterator[Any]:
     for path in sorted(FOLDER.glob("*.yaml")):
         for family in families:
             for told in scenarios.read(path, family):
-                for mode in MODES:
-                    if mode in told.modes:
-                        yield pytest.param(told, family, mode, id=f"{path.stem}: {told.name} ({family.name}, {mode})")
+                for name, (mode, variant) in MODES.items():
+                    if mode in told.modes and (family, variant) not in UNTOLD:
+                        words = f"{path.stem}: {told.name} ({family.name}, {name})"
+                        yield pytest.param(told, family, mode, variant, id=words)
 
 
-@pytest.mark.parametrize(("told", "family", "mode"), list(stories()))
-def test_scenario(told: Scenario, family: Family, mode: str, make_lab) -> None:
-    tell(told, Story(make_lab(addresses=told.given.node["addresses"]), told.given, family, mode, InProcess))
+@pytest.mark.parametrize(("told", "family", "mode", "variant"), list(stories()))
+def test_scenario(told: Scenario, family: Family, mode: str, variant: Variant | None, make_lab) -> None:
+    lab = node(told, variant, make_lab)
+    tell(told, Story(lab, told.given, family, mode, InProcess))
 
 
 def one_of_each_file() -> list[Any]:
+    """The last quiet scenario of every file, in nftables mode and by turns in the variants of iptables mode."""
     quiet = [story for story in stories([Family.IPv4]) if not any(step.during for step in story.values[0].steps)]
-    return list({story.id.partition(":")[0]: story for story in quiet}.values())
+    last = {(story.id.partition(":")[0], story.values[3]): story for story in quiet}
+    turns = cycle(Variant)
+    variants = {file: next(turns) for file in dict.fromkeys(file for file, _ in last)}
+    return [story for (file, variant), story in last.items() if variant in (None, variants[file])]
 
 
-@pytest.mark.parametrize(("told", "family", "mode"), one_of_each_file())
-def test_scenario_by_the_command_line(told: Scenario, family: Family, mode: str, make_lab) -> None:
-    tell(told, Story(make_lab(addresses=told.given.node["addresses"]), told.given, family, mode, CommandLine))
+@pytest.mark.parametrize(("told", "family", "mode", "variant"), one_of_each_file())
+def test_scenario_by_the_command_line(
+    told: Scenario, family: Family, mode: str, variant: Variant | None, make_lab
+) -> None:
+    lab = node(told, variant, make_lab)
+    tell(told, Story(lab, told.given, family, mode, CommandLine))
+
+
+def node(told: Scenario, variant: Variant | None, make_lab) -> Lab:
+    """The node of a scenario, on which kubelet uses a variant of iptables."""
+    lab: Lab = make_lab(addresses=told.given.node["addresses"])
+    if variant:
+        lab.netns.command(f"iptables-{variant}-restore", "--noflush", stdin=HINT)
+    return lab
 
 
 def tell(told: Scenario, story: Story) -> None:
