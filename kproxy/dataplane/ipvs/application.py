@@ -1,0 +1,169 @@
+"""Changes of ipvs mode, step after step.
+
+IPVS, interfaces, ipsets and iptables know no common transaction. So no step relies on a later one: sets and rules,
+addresses, virtual servers, real servers come in this order and go in the other. Each may be repeated, and where the
+kernel refuses something, the rest goes in all the same.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from kproxy.dataplane.base import ApplyError, Change, Entries, Key
+from kproxy.dataplane.iptables.commands import Variant
+from kproxy.dataplane.iptables.entries import ChainKey, JumpKey
+from kproxy.dataplane.iptables.refusal import RefusedError
+from kproxy.dataplane.ipvs import device, ipset, names, tables
+from kproxy.dataplane.ipvs.describe import describe
+from kproxy.dataplane.ipvs.drain import Draining
+from kproxy.dataplane.ipvs.entries import (
+    AddressKey,
+    DeviceKey,
+    MemberKey,
+    RealServerKey,
+    RuleKey,
+    SetKey,
+    VirtualServerKey,
+)
+from kproxy.dataplane.ipvs.ownership import Ownership
+from kproxy.dataplane.ipvs.servers import Servers
+from kproxy.model import Family, Protocol
+
+_TRANSIENT = frozenset((errno.ENOMEM, errno.ENOBUFS, errno.EPERM, errno.EACCES, errno.EAGAIN, errno.EINTR))
+_TOLD = 5  # faults that an error spells out
+_FIREWALLED = frozenset(names.set_name(names.LOAD_BALANCER_FIREWALL_SET, family) for family in Family)
+
+
+class Application:
+    """One run of changes; gathers what was refused."""
+
+    def __init__(self, variant: Variant, servers: Servers, ownership: Ownership, draining: Draining) -> None:
+        self._variant = variant
+        self._servers = servers
+        self._ownership = ownership
+        self._draining = draining
+        self._faults: list[str] = []
+        self._culprits: list[Key] = []
+        self._transient = True
+        self._values: Entries = {}
+        self._put: defaultdict[type, dict[Any, Any]] = defaultdict(dict)
+        self._removed: defaultdict[type, list[Any]] = defaultdict(list)
+        self._rules: defaultdict[Family, list[Change]] = defaultdict(list)
+
+    def run(self, changes: Iterable[Change]) -> None:
+        """All steps. Raises ApplyError."""
+        for change in changes:
+            self._values[change.key] = change.old if change.new is None else change.new
+            match change.key:
+                case ChainKey(family) | RuleKey(family) | JumpKey(family):
+                    self._rules[family].append(change)
+                case key if change.new is None:
+                    self._removed[type(key)].append(key)
+                case key:
+                    self._put[type(key)][key] = change.new
+        self._make()
+        self._remove()
+        if self._faults:
+            text = "; ".join(self._faults[:_TOLD])
+            if len(self._faults) > _TOLD:
+                text += f"; and {len(self._faults) - _TOLD} more"
+            raise ApplyError(text, tuple(self._culprits), transient=self._transient)
+
+    # --- steps ---
+
+    def _make(self) -> None:
+        put = self._put
+        if put[SetKey]:
+            self._step(ipset.make, put[SetKey], ipset.explain)
+        # Who is in this set may come only from certain sources, so these have to be there before.
+        self._step(ipset.add, sorted(put[MemberKey], key=_is_limit), ipset.explain)
+        for family, of_family in sorted(self._rules.items()):
+            with self._told():
+                tables.write(self._variant, family, of_family)
+        if put[DeviceKey]:
+            with self._told():
+                device.make()
+        self._step(device.bind, put[AddressKey])
+        refused = self._step(self._servers.put, put[VirtualServerKey])
+        self._ownership.wrote(put[VirtualServerKey].keys() - refused)
+        real = {key: value for key, value in put[RealServerKey].items() if key.virtual_server not in refused}
+        self._draining.end(real)  # what is wanted again must not be deleted, least of all if this fails
+        self._step(self._servers.put, real)
+
+    def _remove(self) -> None:
+        removed = self._removed
+        gone = set(removed[VirtualServerKey])  # their real servers go with them
+        self._retire([key for key in removed[RealServerKey] if key.virtual_server not in gone])
+        gone -= self._step(self._servers.remove, gone).keys()
+        self._ownership.removed(gone)
+        self._draining.end_of(gone)
+        self._step(ipset.delete, sorted(removed[MemberKey], key=_is_limit, reverse=True), ipset.explain)
+        self._step(device.unbind, removed[AddressKey])
+        if removed[SetKey]:
+            self._step(ipset.destroy, removed[SetKey], ipset.explain)
+        if removed[DeviceKey]:
+            with self._told():
+                device.remove()
+
+    def _retire(self, keys: list[RealServerKey]) -> None:
+        """Take real servers out of service: at once, or when their TCP connections have ended."""
+        graceful = {key for key in keys if key.protocol is Protocol.TCP}
+        graceful -= self._step(self._servers.quiesce, graceful).keys()
+        with self._told():
+            # Only now, as no connection can come between looking and deleting.
+            busy = {key for key, count in connections_of(self._servers, graceful).items() if count}
+            for key in busy:
+                self._draining.begin(key)
+            self._step(self._servers.remove, [key for key in keys if key not in graceful or key not in busy])
+
+    # --- faults ---
+
+    def _step(
+        self,
+        carry_out: Callable[[Any], Mapping[Any, int]],
+        what: Any,
+        explain: Callable[[int], str] = os.strerror,
+    ) -> Mapping[Any, int]:
+        """Carry out a step for several entries; the errno of each that was refused."""
+        refused: Mapping[Any, int] = {}
+        if what:
+            with self._told():
+                refused = carry_out(what)
+        for key, code in refused.items():
+            self._fault(f"{describe(key, self._values[key])}: {explain(code)}", (key,), transient=code in _TRANSIENT)
+        return refused
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Gather the failure of a whole step."""
+        try:
+            yield
+        except RefusedError as error:
+            self._fault(str(error), error.culprits, transient=error.transient)
+        except OSError as error:
+            self._fault(str(error), (), transient=True)
+
+    def _fault(self, text: str, culprits: tuple[Key, ...], *, transient: bool) -> None:
+        self._faults.append(text)
+        self._culprits += culprits
+        self._transient &= transient
+
+
+def connections_of(servers: Servers, keys: Iterable[RealServerKey]) -> dict[RealServerKey, int]:
+    """How many connections real servers have now; without those that are not there. Raises OSError."""
+    wanted = set(keys)
+    return {
+        found.key: found.connections
+        for virtual_server in {key.virtual_server for key in wanted}
+        for found in servers.real_servers(virtual_server)
+        if found.key in wanted
+    }
+
+
+def _is_limit(key: MemberKey) -> bool:
+    return key.set_name in _FIREWALLED

@@ -1,0 +1,73 @@
+"""Which virtual servers are ours, and which are somebody else's that must not be touched."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from ipaddress import ip_address, ip_network
+
+from kproxy.dataplane.base import Entries
+from kproxy.dataplane.ipvs import names
+from kproxy.dataplane.ipvs.entries import AddressKey, Member, MemberKey, VirtualServerKey
+from kproxy.model import Family, Protocol
+
+_WITH_ADDRESS = (
+    names.CLUSTER_IP_SET,
+    names.EXTERNAL_IP_SET,
+    names.EXTERNAL_IP_LOCAL_SET,
+    names.LOAD_BALANCER_SET,
+    names.NODE_PORT_SET[Protocol.SCTP],
+)
+_PORTS = (Protocol.TCP, Protocol.UDP)
+
+
+class Ownership:
+    """Decides by what is noted in the kernel itself, so that a new process knows what an earlier one left.
+
+    Ours is a virtual server
+    - that this process has written; or, unless its address is in an excluded CIDR,
+    - whose address is on kube-ipvs0, which only Services' addresses are;
+    - whose address and port are a member of one of our sets of such: an external IP that the node has itself;
+    - whose port is a member of our set of node ports, and whose address is one of the node's: the cluster gives this
+      port out, on every address of the node.
+
+    Members are added before the servers that they stand for, and removed after them, so none is forgotten. A stranger's
+    virtual server is taken for ours only where a Service has the same address and port.
+    """
+
+    def __init__(self, excluded: Iterable[str]) -> None:
+        self._excluded = tuple(ip_network(cidr) for cidr in excluded)
+        self._written: set[VirtualServerKey] = set()
+
+    def wrote(self, keys: Iterable[VirtualServerKey]) -> None:
+        """These are from this process."""
+        self._written.update(keys)
+
+    def removed(self, keys: Iterable[VirtualServerKey]) -> None:
+        """These are gone."""
+        self._written.difference_update(keys)
+
+    def ours(
+        self, servers: Sequence[VirtualServerKey], entries: Entries, local: Collection[str]
+    ) -> list[VirtualServerKey]:
+        """Those of all virtual servers that are ours.
+
+        `entries`: the addresses and the members of sets that were read. `local`: where node ports can be.
+        """
+        return [key for key in servers if key in self._written or self._is_noted(key, entries, local)]
+
+    def _is_noted(self, key: VirtualServerKey, entries: Entries, local: Collection[str]) -> bool:
+        family, address, protocol, port = key
+        if self._excluded and any(ip_address(address) in network for network in self._excluded):
+            return False
+        if AddressKey(family, address) in entries:
+            return True
+        member = Member(address, protocol, port)
+        if any(_key(name, family, member) in entries for name in _WITH_ADDRESS):
+            return True
+        if protocol not in _PORTS or address not in local:
+            return False
+        return _key(names.NODE_PORT_SET[protocol], family, Member(port=port)) in entries
+
+
+def _key(name: str, family: Family, member: Member) -> MemberKey:
+    return MemberKey(names.set_name(name, family), member)

@@ -1,0 +1,99 @@
+"""What ipvs mode needs of the machine, found by trying; nothing is left behind (reference: section 4.2.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from kproxy.dataplane.base import UnsupportedError
+from kproxy.dataplane.iptables import commands
+from kproxy.dataplane.iptables.commands import Variant
+from kproxy.dataplane.iptables.names import Table
+from kproxy.dataplane.iptables.parse import REJECT_REPLY
+from kproxy.dataplane.iptables.probe import SCRATCH
+from kproxy.dataplane.iptables.refusal import refusal
+from kproxy.dataplane.iptables.restore import Command, Commit
+from kproxy.dataplane.iptables.rule import (
+    AddressType,
+    Comment,
+    Conntrack,
+    Jump,
+    MarkMatch,
+    Masquerade,
+    NotBridged,
+    Reject,
+    Rule,
+    SetMark,
+    VirtualServerMatch,
+)
+from kproxy.dataplane.ipvs import device, ipset
+from kproxy.dataplane.ipvs.entries import VirtualServer, VirtualServerKey
+from kproxy.dataplane.ipvs.servers import Servers
+from kproxy.model import Family, Protocol
+
+_TRIAL = VirtualServerKey(
+    Family.IPv4, "198.51.100.0", Protocol.TCP, 20000
+)  # an address for documentation, as in kube-proxy
+_DOCUMENTED = {Family.IPv4: "192.0.2.1", Family.IPv6: "2001:db8::1"}
+
+
+class Features(NamedTuple):
+    """What not all machines have; the mode works without."""
+
+    versions: tuple[str, ...]  # of the iptables programs, for each family
+    random_fully: bool  # MASQUERADE with fully random ports
+
+
+def probe(servers: Servers, variant: Variant, families: Sequence[Family], scheduler: str) -> Features:
+    """Try everything. Raises UnsupportedError that names what is missing, and OSError."""
+    _try_scheduler(servers, scheduler)
+    ipset.probe()
+    device.probe()
+    if absent := commands.missing(variant, families):
+        raise UnsupportedError(f"ipvs mode: the programs {', '.join(absent)} are missing; install iptables")
+    for family in families:
+        for table, rules in _needed(family).items():
+            if fault := _fault(variant, family, table, rules):
+                raise UnsupportedError(f"ipvs mode: {fault}")
+    fully_random = [Rule((), Masquerade(random_fully=True))]
+    return Features(
+        tuple(commands.version(variant, family) for family in families),
+        random_fully=not any(_fault(variant, family, "nat", fully_random) for family in families),
+    )
+
+
+def _try_scheduler(servers: Servers, scheduler: str) -> None:
+    present = servers.virtual_servers()
+    if any(server.key == _TRIAL or server.value.scheduler == scheduler for server in present):
+        return
+    refused = servers.put({_TRIAL: VirtualServer(scheduler)})
+    servers.remove([_TRIAL])
+    if refused:
+        raise UnsupportedError(
+            f"ipvs mode: the kernel has no scheduler {scheduler!r}; load the module ip_vs_{scheduler},"
+            " or choose another in ipvs.scheduler"
+        )
+
+
+def _needed(family: Family) -> dict[Table, list[Rule]]:
+    """Rules that have between them every match and target of ours, but sets: those have to exist to be named."""
+    outside = (NotBridged(), AddressType(source="LOCAL", source_inverted=True))
+    return {
+        "nat": [
+            Rule((Comment("kproxy's probe; it goes at once"), *outside), Jump("RETURN")),
+            Rule((MarkMatch(0x4000, 0x4000, inverted=True),), SetMark(0x4000, 0x4000)),
+            Rule((), Masquerade()),
+        ],
+        "filter": [
+            Rule((VirtualServerMatch("tcp", _DOCUMENTED[family], 80),), Jump("DROP")),
+            Rule((Conntrack("NEW"),), Reject(REJECT_REPLY[family])),
+        ],
+    }
+
+
+def _fault(variant: Variant, family: Family, table: Table, rules: Sequence[Rule]) -> str:
+    """What is wrong with rules; empty if nothing is."""
+    chain = [Command(":", SCRATCH, None), *(Command("-A", SCRATCH, None, rule) for rule in rules)]
+    given = list(commands.lines([Commit(table, chain)]))
+    done = commands.restore(variant, family, given, test=True)
+    return str(refusal(commands.program(variant, family, "restore"), done.stderr, given)) if done.returncode else ""
