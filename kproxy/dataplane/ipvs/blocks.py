@@ -219,7 +219,7 @@ def _to_cluster_ip(manner: _Manner) -> Rule:
 
 
 def _not_for_host_ports(family: Family, name: str) -> tuple[Rule, Rule]:
-    """Ends nat for external addresses, unless a pod or the node may mean a real outside host."""
+    """Ends nat for what comes from another machine, and for addresses that this node answers to."""
     outside = (NotBridged(), AddressType(source="LOCAL", source_inverted=True))
     return (
         _rule(family, name, "dst,dst", _ACCEPT, *outside),
