@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from kproxy.dataplane.base import Entries
 from kproxy.dataplane.iptables import names as shared
+from kproxy.dataplane.iptables.localhost import LOOPBACK
 from kproxy.dataplane.iptables.names import Table
 from kproxy.dataplane.iptables.parse import REJECT_REPLY
 from kproxy.dataplane.iptables.rule import (
@@ -39,8 +40,6 @@ from kproxy.dataplane.ipvs.entries import RuleKey, VirtualServerKey
 from kproxy.dataplane.ipvs.options import Options
 from kproxy.dataplane.ipvs.sets import SETS
 from kproxy.model import Family, LocalDetector, NodeFacts, Protocol
-
-LOOPBACK = {Family.IPv4: "127.0.0.0/8", Family.IPv6: "::1/128"}
 
 _ACCEPT = Jump("ACCEPT")
 _RETURN = Jump("RETURN")
@@ -136,20 +135,13 @@ def _nat(manner: _Manner) -> Iterator[_Part]:
         # 15: what comes behind us, such as rules for host ports, is not to see it.
         yield services(name, Rule((_match(family, name, "dst,dst"),), _ACCEPT))
 
-    hairpin = names.LOOP_BACK_SET
-    masquerade = Masquerade()
-    yield _Part("nat", shared.POSTROUTING, hairpin, (_rule(family, hairpin, "dst,dst,src", masquerade),))  # 2
-    yield _Part(  # 19
-        "nat",
-        shared.POSTROUTING,
-        "",
-        (
-            Rule((MarkMatch(mark, mark, inverted=True),), _RETURN),
-            # Off again, so that the packet is not masqueraded twice should it come back through another interface.
-            Rule((), SetMark(mark, 0)),
-            Rule((Comment("kubernetes service traffic requiring SNAT"),), Masquerade(manner.random_fully)),
-        ),
-    )
+    hairpin = _rule(family, names.LOOP_BACK_SET, "dst,dst,src", Masquerade())
+    yield _Part("nat", shared.POSTROUTING, names.LOOP_BACK_SET, (hairpin,))  # 2
+    unmarked = Rule((MarkMatch(mark, mark, inverted=True),), _RETURN)
+    # Off again, so that the packet is not masqueraded twice should it come back through another interface.
+    unmark = Rule((), SetMark(mark, 0))
+    masquerade = Rule((Comment("kubernetes service traffic requiring SNAT"),), Masquerade(manner.random_fully))
+    yield _Part("nat", shared.POSTROUTING, "", (unmarked, unmark, masquerade))  # 19
     yield _Part("nat", shared.MARK_MASQUERADE, "", (Rule((), SetMark(mark, mark)),))  # 19
 
     local = names.LOAD_BALANCER_LOCAL_SET
@@ -178,21 +170,12 @@ def _filter(manner: _Manner) -> Iterator[_Part]:
     yield _Part("filter", names.SOURCE_RANGES_FIREWALL, "", (Rule((), _DROP),))  # 13
 
     # 18: the device makes the node answer on every port of its addresses; only those of Services are meant.
-    served = (
-        names.LOAD_BALANCER_SET,
-        names.CLUSTER_IP_SET,
-        names.EXTERNAL_IP_SET,
-        names.EXTERNAL_IP_LOCAL_SET,
-    )
-    matches = [_match(family, name, "dst,dst") for name in served]
+    balancers, external, local = names.LOAD_BALANCER_SET, names.EXTERNAL_IP_SET, names.EXTERNAL_IP_LOCAL_SET
+    matches = [_match(family, name, "dst,dst") for name in (balancers, names.CLUSTER_IP_SET, external, local)]
     matches.append(_match(family, names.HEALTH_CHECK_SET, "dst"))
-    refused = (Conntrack("NEW"), _match(family, names.ADDRESSES_SET, "dst"))
-    yield _Part(
-        "filter",
-        names.IPVS_FILTER,
-        "",
-        (*(Rule((match,), _RETURN) for match in matches), Rule(refused, Reject(REJECT_REPLY[family]))),
-    )
+    served = [Rule((match,), _RETURN) for match in matches]
+    others = Rule((Conntrack("NEW"), _match(family, names.ADDRESSES_SET, "dst")), Reject(REJECT_REPLY[family]))
+    yield _Part("filter", names.IPVS_FILTER, "", (*served, others))
 
 
 def _match(family: Family, name: str, parts: str) -> SetMatch:

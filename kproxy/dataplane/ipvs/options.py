@@ -10,6 +10,6 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
     scheduler: str = ""  # of virtual servers, as the kernel calls it; empty: rr
     random_fully: bool = True  # the MASQUERADE target knows --random-fully (iptables 1.6.2)
-    # A policy Local without endpoint on this node is served by endpoints elsewhere, as kube-proxy does in this mode;
-    # otherwise such a virtual server has no real server. Replies to outside clients would come from the wrong address.
+    # Send the traffic of a policy Local elsewhere if no endpoint is on this node, as kube-proxy does in this mode, but
+    # replies to outside clients then come from the wrong address. Otherwise such a virtual server has no real server.
     stock_local_fallback: bool = False
