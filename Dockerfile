@@ -6,10 +6,11 @@
 # What a container of it may and needs:
 #   user 0, all capabilities dropped but NET_ADMIN  nf_tables, conntrack and iptables-nft, in the network namespace that it is in
 #   and NET_RAW                                  where the node has the legacy variant of iptables, which takes a raw socket
-#   root file system read-only                   in iptables mode with /run/xtables.lock of the node
+#   root file system read-only                   with /run/xtables.lock of the node for the legacy variant, and a /tmp in memory where
+#                                                a kubeconfig has certificates within: they are written to temporary files
 #   privileged, once, for --init-only            the kernel's settings are under /proc/sys and /sys, which others have read-only
-# Another user than 0 would need ambient capabilities, which Kubernetes cannot give; capabilities of files would do instead, but not
-# with allowPrivilegeEscalation: false, which is worth more than a user of another name.
+# Another user than 0 does not get far (tried): Kubernetes cannot give ambient capabilities, and those of a file reach Python but not
+# the iptables programs that it starts, take allowPrivilegeEscalation: true, and leave root's lock file out of reach.
 
 # Bookworm, because python-iptables works with its libxtables (1.8.9) and not with that of trixie (1.8.11).
 ARG BASE=debian:bookworm-slim

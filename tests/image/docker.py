@@ -1,7 +1,7 @@
 """Docker for the tests of the image: the daemon, the base image, containers.
 
-Where no daemon answers and the workplace has its own way to make a base image (as it has conformance data, beside the
-repository), a daemon is started for the time of the tests, without bridge, forwarding or packet filter rules.
+Where no daemon answers, but beside the repository there is a script that makes base images, a daemon is started for the
+time of the tests, without bridge, forwarding and packet filter rules of its own.
 """
 
 from __future__ import annotations
@@ -49,21 +49,36 @@ def succeed(done: subprocess.CompletedProcess[str]) -> str:
 
 @contextmanager
 def daemon_with_base() -> Iterator[None]:
-    """A daemon that has the base image; one that is started here is ended here. Raises UnavailableError."""
-    if not shutil.which("docker") and not _LOCAL_BASE.exists():
-        raise UnavailableError("docker is not installed")
-    if shutil.which("docker") and _answers():
+    """A daemon that has the base image; one that is started for this is ended again. Raises UnavailableError."""
+    if _answers():
         _get_base()
         yield
         return
     if not _LOCAL_BASE.exists() or os.geteuid() != 0:
         raise UnavailableError("no docker daemon answers")
-    if shutil.which("dockerd"):
-        with Path("/var/log/dockerd.log").open("ab") as log:
-            subprocess.Popen(_QUIET_DAEMON, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-        eventually(_answers, "the docker daemon answers", seconds=30)
-    try:
+    with _quiet_daemon() if shutil.which("dockerd") else _installed_daemon():
         _get_base()
+        yield
+
+
+@contextmanager
+def _quiet_daemon() -> Iterator[None]:
+    with Path("/var/log/dockerd.log").open("ab") as log:
+        daemon = subprocess.Popen(_QUIET_DAEMON, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        eventually(lambda: _answers() or daemon.poll() is not None, "the docker daemon answers", seconds=30)
+        if daemon.poll() is not None:
+            raise UnavailableError(f"dockerd cannot run here (exit status {daemon.returncode}): see {log.name}")
+        yield
+    finally:
+        daemon.terminate()
+        daemon.wait(30)
+
+
+@contextmanager
+def _installed_daemon() -> Iterator[None]:
+    """What the script installs, and starts, with the base image."""
+    try:
         yield
     finally:
         if _PID_FILE.exists():
@@ -72,11 +87,11 @@ def daemon_with_base() -> Iterator[None]:
 
 
 def _answers() -> bool:
-    return docker("info").returncode == 0
+    return shutil.which("docker") is not None and docker("info").returncode == 0
 
 
 def _get_base() -> None:
-    if shutil.which("docker") and docker("image", "inspect", BASE).returncode == 0:
+    if _answers() and docker("image", "inspect", BASE).returncode == 0:
         return
     way = [str(_LOCAL_BASE), "bookworm"] if _LOCAL_BASE.exists() else ["docker", "pull", "--quiet", BASE]
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from base64 import b64encode
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -165,3 +166,23 @@ def test_with_the_service_account_of_a_pod(
     start([*in_the_network_of(node), *pod], ["--hostname-override=node-1", *LEAVE_SYSCTLS])
 
     eventually(lambda: node.connect() == FIRST, "the pod that the API server names is reached")
+
+
+def test_with_a_kubeconfig_that_has_its_certificate_within(image: str, node: NodeContainer, certificate: Path) -> None:
+    """The kubernetes package puts such a certificate into a temporary file."""
+    authority = b64encode((certificate / "tls.crt").read_bytes()).decode()
+    cluster = {"server": f"https://127.0.0.1:{API_PORT}", "certificate-authority-data": authority}
+    kubeconfig = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{"name": "c", "cluster": cluster}],
+        "users": [{"name": "u", "user": {"token": "a-token"}}],
+        "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+        "current-context": "x",
+    }
+    (node.directory / "kubeconfig").write_text(json.dumps(kubeconfig))
+    flags = ("--kubeconfig=/node/kubeconfig", "--hostname-override=node-1")
+
+    succeed(docker("run", "--rm", *in_the_network_of(node), "--tmpfs=/tmp", image, *flags, "--once"))
+
+    assert node.connect() == FIRST
