@@ -7,10 +7,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from kproxy.dataplane.iptables.accounting import ensure_counters
+from kproxy.dataplane.iptables.legacy import InProcess
 from kproxy.dataplane.iptables.options import INVALID_DROPPED, LOCALHOST_ACCEPTED
 from kproxy.dataplane.iptables.parse import HOST_MASK, parse_rule
+from kproxy.dataplane.iptables.restore import Command, Commit
 from kproxy.dataplane.iptables.rule import (
     AddressType,
+    AnyRule,
     Comment,
     Conntrack,
     Dnat,
@@ -34,6 +37,7 @@ from kproxy.dataplane.iptables.rule import (
 from kproxy.model import Family
 from tests.conftest import MakeNetns
 from tests.iptables.tables import read_tables, restore_text
+from tests.lab.namespaces import Namespace
 
 SETS = {Family.IPv4: "KUBE-LOOP-BACK", Family.IPv6: "KUBE-6-LOOP-BACK"}
 FAMILIES = {Family.IPv4: "inet", Family.IPv6: "inet6"}
@@ -259,3 +263,25 @@ def test_the_kernel_gives_back_what_was_written(
         f"-A KUBE-EXT-XPGD46QRK7WJZT7O {rule}" for rule in written
     ]
     assert read_tables(saved, family)["nat"]["KUBE-EXT-XPGD46QRK7WJZT7O"] == written
+
+
+def test_kinds_that_iptables_mode_does_not_need_can_be_written_from_within_the_process(netns: Namespace) -> None:
+    rules = [
+        parse_rule("-p sctp -m set --match-set KUBE-LOOP-BACK dst,dst,src -j RETURN", Family.IPv4),
+        parse_rule("-m physdev ! --physdev-is-in -m addrtype ! --src-type LOCAL -j ACCEPT", Family.IPv4),
+    ]
+    netns.command("ipset", "create", SETS[Family.IPv4], "hash:ip,port,ip")
+    library = netns.run(InProcess, Family.IPv4)
+
+    chain = "KUBE-SERVICES"
+    written = [Command(":", chain, None), *(Command("-A", chain, None, rule) for rule in rules)]
+    netns.run(library.write, [Commit("nat", written)])
+
+    assert saved_rules(netns, chain) == rules
+    netns.run(library.write, [Commit("nat", [Command("-D", chain, None, rule) for rule in rules])])
+    assert saved_rules(netns, chain) == []
+
+
+def saved_rules(netns: Namespace, chain: str) -> list[AnyRule]:
+    saved = netns.command("iptables-legacy-save", "-t", "nat").stdout.splitlines()
+    return read_tables(saved, Family.IPv4)["nat"][chain]
