@@ -74,13 +74,13 @@ class Figures(NamedTuple):
 
 def measure(services: int, endpoints: int) -> Figures:
     """Run everything for one size, in the current network namespace, and leave it empty."""
-    with _api_server(services, endpoints):
-        with _kproxy() as (process, start):
-            rss, peak = _memory(process.pid)
+    with api_server(services, endpoints):
+        with kproxy("--proxy-mode=nftables") as (process, start):
+            rss, peak = memory(process.pid)
             latencies = _changes(services, endpoints)
             load = _load(process.pid, services, endpoints)
             wakeups = _wakeups(process.pid)
-        with Commits() as commits, _kproxy() as (_, restart):
+        with Commits() as commits, kproxy("--proxy-mode=nftables") as (_, restart):
             restart_writes = commits.count()
         subprocess.run([sys.executable, "-m", "kproxy", "--cleanup"], check=True, timeout=120, capture_output=True)
     latencies.sort()
@@ -138,7 +138,8 @@ class Commits:
 
 
 @contextmanager
-def _api_server(services: int, endpoints: int) -> Iterator[None]:
+def api_server(services: int, endpoints: int) -> Iterator[None]:
+    """An API server that holds so many Services."""
     command = [sys.executable, "-m", "tests.lab.apiserver", "--port", str(API_PORT)]
     command += ["--generate", str(services), "--endpoints", str(endpoints)]
     with _process(command) as process:
@@ -147,10 +148,10 @@ def _api_server(services: int, endpoints: int) -> Iterator[None]:
 
 
 @contextmanager
-def _kproxy() -> Iterator[tuple[subprocess.Popen[bytes], float]]:
+def kproxy(*flags: str) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
     """A running kproxy, and the seconds until its first sync was done."""
-    command = [sys.executable, "-m", "kproxy", "--master", f"http://127.0.0.1:{API_PORT}"]
-    command += ["--proxy-mode", "nftables", "--hostname-override", "node-0", "--cluster-cidr", POD_CIDR]
+    command = [sys.executable, "-m", "kproxy", "--master", f"http://127.0.0.1:{API_PORT}", *flags]
+    command += ["--hostname-override", "node-0", "--cluster-cidr", POD_CIDR]
     command += ["--healthz-bind-address", f"127.0.0.1:{HEALTH_PORT}"]
     command += ["--metrics-bind-address", f"127.0.0.1:{METRICS_PORT}"]
     # The machine's conntrack limits are not a namespace's to set.
@@ -186,7 +187,7 @@ def _await(process: subprocess.Popen[bytes], port: int, path: str, timeout: floa
         if process.poll() is not None:
             raise RuntimeError(f"process ended with {process.returncode}: {process.args}")
         try:
-            if _request("GET", port, path) == 200:
+            if request("GET", port, path) == 200:
                 return
         except OSError:
             pass
@@ -194,7 +195,8 @@ def _await(process: subprocess.Popen[bytes], port: int, path: str, timeout: floa
     raise TimeoutError(f"port {port}{path} is not ready after {timeout:.0f} s")
 
 
-def _request(method: str, port: int, path: str, body: bytes | None = None) -> int:
+def request(method: str, port: int, path: str, body: bytes | None = None) -> int:
+    """The status of the answer on loopback."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
         connection.request(method, path, body)
@@ -205,12 +207,13 @@ def _request(method: str, port: int, path: str, body: bytes | None = None) -> in
         connection.close()
 
 
-def _memory(pid: int) -> tuple[int, int]:
+def memory(pid: int) -> tuple[int, int]:
+    """Resident MiB, now and at most."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return int(status["VmRSS"].split()[0]) // 1024, int(status["VmHWM"].split()[0]) // 1024
 
 
-def _put_slice(connection: http.client.HTTPConnection, number: int, endpoints: int, round_: int) -> None:
+def put_slice(connection: http.client.HTTPConnection, number: int, endpoints: int, round_: int) -> None:
     """Move one endpoint of a service to a new address."""
     changed = slice_of(number, endpoints)
     changed["endpoints"][round_ % endpoints]["addresses"] = [f"10.200.{round_ >> 8 & 255}.{round_ & 255}"]
@@ -231,7 +234,7 @@ def _changes(services: int, endpoints: int) -> list[float]:
         for round_ in range(CHANGES):
             commits.count()
             started = time.monotonic()
-            _put_slice(connection, round_ * 7919 % services, endpoints, round_)
+            put_slice(connection, round_ * 7919 % services, endpoints, round_)
             commits.wait(10.0)
             latencies.append(time.monotonic() - started)
             time.sleep(0.01)
@@ -244,7 +247,7 @@ def _load(pid: int, services: int, endpoints: int) -> float:
     connection = http.client.HTTPConnection("127.0.0.1", API_PORT, timeout=30)
     started, before = time.monotonic(), _cpu_seconds(pid)
     for round_ in range(int(RATE * RATE_SECONDS)):
-        _put_slice(connection, round_ * 104729 % services, endpoints, CHANGES + round_)
+        put_slice(connection, round_ * 104729 % services, endpoints, CHANGES + round_)
         time.sleep(max(0.0, started + (round_ + 1) / RATE - time.monotonic()))
     used = _cpu_seconds(pid) - before
     connection.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kproxy.dataplane.base import ApplyError, Change, Entries, diff
+from kproxy.dataplane.iptables.cleanup import leftovers, remove
 from kproxy.dataplane.iptables.commands import Variant
 from kproxy.dataplane.iptables.entries import BlockKey, ChainKey
 from kproxy.dataplane.iptables.kernel import IptablesKernel
@@ -154,6 +155,13 @@ def test_a_refused_rule_is_shown_with_its_neighbours_and_nothing_is_in_force(hos
     assert sorted(host.saved()) == sorted(saved)
     host.bring_to(wanted)
     assert diff(wanted, host.read()) == []
+
+
+@NEEDS_WIDE_BUFFERS
+def test_many_services_can_be_cleaned_up(host: Host) -> None:
+    host.bring_to(entries(*(plain(Family.IPv4, n, n, n + 1000) for n in range(150))))
+    host.netns.run(remove, host.kernel.variant, BOTH, host.netns.run(leftovers, host.kernel.variant, BOTH))
+    assert {line.split()[0] for line in host.saved() if line.startswith(":KUBE")} == {":KUBE-FIREWALL"}
 
 
 @NEEDS_WIDE_BUFFERS

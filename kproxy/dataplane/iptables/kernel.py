@@ -17,14 +17,17 @@ from kproxy.dataplane.iptables.names import Table
 from kproxy.dataplane.iptables.parse import parse_rule
 from kproxy.dataplane.iptables.probe import Features, probe
 from kproxy.dataplane.iptables.refusal import RefusedError, refusal
-from kproxy.dataplane.iptables.restore import BULK_CHAINS, Commit, commits
+from kproxy.dataplane.iptables.restore import BULK_CHAINS, TABLES, Commit, commits
 from kproxy.dataplane.iptables.rule import AnyRule
 from kproxy.dataplane.iptables.variant import legacy_tables
 from kproxy.model import Family
 from kproxy.sysctl import SysctlError, current
 from kproxy.sysctl import apply as apply_settings
 
-IN_PROCESS_COMMANDS = 150  # more of them iptables-restore carries out sooner (docs/decisions.md)
+# More commands iptables-restore carries out sooner. With more rules it takes as long, but not this process's memory.
+# Figures are in docs/decisions.md.
+IN_PROCESS_COMMANDS = 150
+IN_PROCESS_RULES = 30_000
 
 log = structlog.get_logger(__name__)
 
@@ -144,11 +147,15 @@ class IptablesKernel:
         planned = commits(changes, bulk_chains=bulk)
         size = sum(len(commit.commands) for commit in planned)
         in_process = self._in_process.get(family)
-        if in_process and size <= IN_PROCESS_COMMANDS and in_process.can_express(planned):
+        small = size <= IN_PROCESS_COMMANDS and self._rules_of(family) <= IN_PROCESS_RULES
+        if in_process and small and in_process.can_express(planned):
             in_process.write(planned)
         else:
             self._restore(family, planned)
         self.journal.wrote(len(planned))
+
+    def _rules_of(self, family: Family) -> int:
+        return sum(self.rules[family, table] for table in TABLES)
 
     def _restore(self, family: Family, planned: Sequence[Commit]) -> None:
         given = list(commands.lines(planned))

@@ -77,16 +77,19 @@ def _commits(changes: Sequence[Change], bulk_chains: int | None) -> list[list[Co
     removed = sorted((c for c in chains if c.new is None), key=_rank, reverse=True)
     before: list[list[Command]] = []
     after: list[list[Command]] = []
+    released: list[Command] = []  # chains that hold on to others by jumping there
     if bulk_chains and len(created) > bulk_chains:
         before = [_written(part) for part in _parts(created, bulk_chains)]
         created = []
     if bulk_chains and len(removed) > bulk_chains:
         after = [_deleted(part) for part in _parts(removed, bulk_chains)]
+        released = [Command(":", _where(change.key).chain, change.key) for change in removed if not _rank(change)]
         removed = []
     gone = {_where(change.key).chain for change in chains if change.new is None}
     deletions, additions = _single_rules(changes, gone)
     deleted = _deleted(removed)
     main = [
+        *released,
         *(command for command in deleted if command.verb == ":"),
         *deletions,
         *_written([*created, *emptied]),

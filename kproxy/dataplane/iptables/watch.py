@@ -3,7 +3,7 @@
 nf_tables tells of every change, so in the nft variant it is known at once, and nothing wakes up in between. Legacy
 tables tell nothing: once a second their sizes are asked for (microseconds), and once a period what iptables-legacy-save
 prints of our chains is compared (0.3 s of another process at 5,000 services × 10), which finds an edit that leaves the
-size.
+size. After a write of our own it must be printed again; where that takes long, not after each of many.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple, Self
 from kproxy.dataplane.iptables import commands
 from kproxy.dataplane.iptables.commands import Variant
 from kproxy.dataplane.iptables.entries import BUILT_IN, concerns_us
-from kproxy.dataplane.iptables.journal import Journal, Shape, generation, legacy_shape
+from kproxy.dataplane.iptables.journal import Journal, generation, legacy_shape
 from kproxy.dataplane.iptables.kernel import IptablesKernel
 from kproxy.dataplane.iptables.variant import legacy_tables
 from kproxy.dataplane.nftables.expressions import NFPROTO
@@ -34,6 +34,7 @@ _RECEIVE_BUFFER = 1 << 23  # our own bulk loads are notified, too
 _TABLE, _RULE_CHAIN, _CHAIN_NAME = 1, 2, 3
 _GENERATION, _PROCESS_ID, _PROCESS_NAME = 1, 2, 3
 _LOOK_SECONDS = 1.0
+_PAUSE = 20  # times as long as it takes to look at the rules, before that is done again for a write of our own
 SOMEBODY = "somebody"
 
 
@@ -145,7 +146,6 @@ def _concerns_us(received: Received) -> bool:
 
 class _Look(NamedTuple):
     writes: int  # of ours, before
-    shape: Shape
     digest: bytes
 
 
@@ -162,7 +162,7 @@ class LegacyWatch:
         self._clock = clock
         self._stopped, self._stopper = socket.socketpair()
         self._known: _Look | None = None
-        self._look_at = 0.0
+        self._look_at = self._digest_at = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -190,19 +190,17 @@ class LegacyWatch:
     def look(self) -> bool:
         """Whether our chains were changed since the last look, by others."""
         with self._journal.lock:
-            shape = legacy_shape(self._families)
-            known, now = self._known, self._clock()
-            disturbed, self._journal.disturbed = self._journal.disturbed, False
-            if known and known.writes == self._journal.writes and known.shape == shape and now < self._look_at:
-                return disturbed
-            self._known = seen = _Look(self._journal.writes, shape, self._digest())
+            shape, written = legacy_shape(self._families), self._journal.shape
+            moved = self._journal.disturbed or shape != written
+            known = self._known if self._known and self._known.writes == self._journal.writes else None
+            self._journal.disturbed, self._journal.shape = False, shape
+            now = self._clock()
+            if not moved and now < (self._look_at if known else self._digest_at):
+                return False
+            self._known = _Look(self._journal.writes, self._digest())
             self._look_at = now + self._period
-            written, self._journal.shape = self._journal.shape, shape  # what is there now has been looked at
-            if known is None:
-                return disturbed or bool(written and shape != written)
-            if known.writes != seen.writes:
-                return disturbed or shape != written
-            return disturbed or known.digest != seen.digest
+            self._digest_at = now + _PAUSE * (self._clock() - now)
+            return self._known.digest != known.digest if known else moved
 
     def _digest(self) -> bytes:
         """What there is of our chains and jumps, in short."""
