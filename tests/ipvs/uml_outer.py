@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ from tests.lab import uml
 MARKER = "ipvs"
 
 _SILENCE_SECONDS = 180.0  # between two lines; a test takes seconds, start and collection some ten
+_DUMP_SECONDS = 5.0
 _POLL_SECONDS = 0.02
 _COVERAGE = "coverage"
 
@@ -34,8 +36,12 @@ class InnerPytest:
 
     def __init__(self, items: list[pytest.Item], *, coverage: bool) -> None:
         files = dict.fromkeys(str(item.path) for item in items)
-        measure = ["-p", "pytest_cov.plugin", "--cov", "--cov-report="] if coverage else []
-        options = ["-p", "no:cacheprovider", "-p", "tests.ipvs.uml_inner", *measure]
+        config = items[0].config
+        options = [f"--rootdir={config.rootpath}", "-p", "no:cacheprovider", "-p", "tests.ipvs.uml_inner"]
+        options += ["-o", f"faulthandler_timeout={_SILENCE_SECONDS - _DUMP_SECONDS:g}"]  # what hangs says where
+        if coverage:
+            options += ["-p", "pytest_cov.plugin", "--cov", "--cov-report="]
+        options += _same_look(config)
         env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
         env |= {
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # Python starts slowly there
@@ -43,7 +49,7 @@ class InnerPytest:
             "COVERAGE_FILE": str(uml.SHARED / _COVERAGE),
         }
         self._machine = uml.Machine(
-            [sys.executable, "-m", "pytest", *options, f"--rootdir={items[0].config.rootpath}", *files],
+            [sys.executable, "-m", "pytest", *options, *files],
             env=env,
             files={SELECTED: json.dumps([item.nodeid for item in items]), REPORTS: ""},
         )
@@ -54,32 +60,39 @@ class InnerPytest:
         """What it says next. Raises TroubleError if it ended, crashed or stands still."""
         deadline = time.monotonic() + _SILENCE_SECONDS
         while True:
-            try:
-                ended = self._machine.poll() is not None
-            except uml.CrashError as error:
-                raise TroubleError(str(error)) from error
+            trouble = self._trouble(deadline)  # first, so that all it wrote is read before
             self._unread += self._reports.read()
             line, newline, rest = self._unread.partition(b"\n")
             if newline:
                 self._unread = rest
                 return Line(*json.loads(line))
-            if ended:
-                raise TroubleError(f"pytest in User-Mode Linux ended too early\n{self._machine.last_words()}")
-            if time.monotonic() > deadline:
-                silence = f"nothing new for {_SILENCE_SECONDS:g} s"
-                raise TroubleError(f"pytest in User-Mode Linux: {silence}\n{self._machine.last_words()}")
+            if trouble:
+                raise TroubleError(trouble)
             time.sleep(_POLL_SECONDS)
 
     def copy_coverage(self) -> None:
         """Put what was measured inside beside what is measured here, where pytest-cov combines it."""
         ours = Path(os.environ.get("COVERAGE_FILE", ".coverage"))
-        for measured in self._machine.shared.glob(f"{_COVERAGE}.*"):
-            shutil.copy(measured, ours.with_name(f"{ours.name}.{measured.name}"))
+        measured = self._machine.shared / _COVERAGE
+        if measured.exists():
+            shutil.copy(measured, ours.with_name(f"{ours.name}.uml"))
 
     def close(self) -> None:
         """End it, done or not."""
         self._reports.close()
         self._machine.close()
+
+    def _trouble(self, deadline: float) -> str:
+        try:
+            ended = self._machine.poll() is not None
+        except uml.CrashError as error:
+            return str(error)
+        if ended:
+            return f"pytest in User-Mode Linux ended too early\n{self._machine.last_words()}"
+        if time.monotonic() > deadline:
+            silence = f"nothing new for {_SILENCE_SECONDS:g} s"
+            return f"pytest in User-Mode Linux: {silence}\n{self._machine.last_words()}"
+        return ""
 
 
 class IpvsInUml:
@@ -140,8 +153,7 @@ class IpvsInUml:
 
     def _replay(self, item: pytest.Item, inner: InnerPytest) -> None:
         while (line := inner.next_line()).kind == "report":
-            report = item.config.hook.pytest_report_from_serializable(config=item.config, data=line.content)
-            item.ihook.pytest_runtest_logreport(report=report)
+            item.ihook.pytest_runtest_logreport(report=_report(item.config, line.content))
         if line.kind == "end" or line.content != item.nodeid:
             raise TroubleError(f"pytest in User-Mode Linux ran something else: {line}")
         self._done += 1
@@ -154,11 +166,29 @@ class IpvsInUml:
             raise TroubleError(f"pytest in User-Mode Linux ended badly: {line}")
         inner.copy_coverage()
         where = f"User-Mode Linux (kernel {line.content['kernel']})"
-        self._summary = f"{self._total} tests ran inside {where} in {line.content['seconds']:.1f} s"
+        tests = "1 test" if self._total == 1 else f"{self._total} tests"
+        self._summary = f"{tests} ran inside {where} in {line.content['seconds']:.1f} s"
 
 
 def _is_for_uml(item: pytest.Item) -> bool:
     return item.get_closest_marker(MARKER) is not None
+
+
+def _same_look(config: pytest.Config) -> list[str]:
+    """The options that shape what a report says of a failure."""
+    option = config.option
+    color = "yes" if config.get_terminal_writer().hasmarkup else "no"
+    verbosity = f"-{'v' * option.verbose}" if option.verbose > 0 else "-q"
+    return [f"--tb={option.tbstyle}", f"--color={color}", verbosity, *(["--showlocals"] if option.showlocals else [])]
+
+
+def _report(config: pytest.Config, content: dict[str, Any]) -> pytest.TestReport:
+    """A report as it was written down; JSON has no tuples, and where a test was skipped must be one."""
+    report = config.hook.pytest_report_from_serializable(config=config, data=content)
+    if isinstance(report.longrepr, list):
+        report.longrepr = tuple(report.longrepr)
+    report.location = tuple(report.location)
+    return report
 
 
 def _failure(item: pytest.Item, reason: str) -> pytest.TestReport:

@@ -24,6 +24,7 @@ KERNEL = "linux.uml"
 SHARED = Path("/run/host")
 _MODULES = Path("/usr/lib/uml/modules")
 _REPOSITORY = Path(__file__).resolve().parents[2]
+_DIRECTORY = "kproxy-uml-"  # shared; then come the process id and something random
 _MEMORY_MIB = 1024
 _POLL_SECONDS = 0.05
 _POWER_OFF_SECONDS = 5.0
@@ -38,10 +39,12 @@ _LOADED = (
 
 # The first process. Kernel messages go to the first console (standard output), what the command says to the second.
 # Modules are found through a link in /run, since /lib/modules of the host is not ours to change; MODPROBE_OPTIONS says
-# so to whoever runs modprobe, the sysctl to the kernel.
+# so to whoever runs modprobe, the sysctl to the kernel. Inside a user namespace of the host root's programs are not
+# root's, and those with the setuid bit (mount!) would lose their rights by it, so the bit must not count.
 _INIT = """\
 #!/bin/sh
 . {shared}/environment
+setpriv --no-new-privs mount -o remount,bind,nosuid none /
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t tmpfs -o mode=755 tmpfs /run
@@ -90,7 +93,8 @@ class Machine:
         reason = why_unavailable()
         if reason:
             raise UnavailableError(reason)
-        self.shared = Path(tempfile.mkdtemp(prefix="kproxy-uml-"))
+        _remove_leftovers()
+        self.shared = Path(tempfile.mkdtemp(prefix=f"{_DIRECTORY}{os.getpid()}-"))
         self.output = self.shared / "output"
         self._console = self.shared / "console"
         self._status = self.shared / "status"
@@ -131,7 +135,7 @@ class Machine:
     def last_words(self) -> str:
         """The end of what the command and the kernel said."""
         texts = {"output": self.output, "console": self._console}
-        return "".join(f"--- its {name}:\n{path.read_text(errors='replace')[-4000:]}\n" for name, path in texts.items())
+        return "".join(f"--- its {name}:\n{path.read_text(errors='replace')[-8000:]}\n" for name, path in texts.items())
 
     def close(self) -> None:
         """End it, whatever it does, and remove what it left."""
@@ -161,13 +165,13 @@ class Machine:
         (self.shared / "environment").write_text(text)
 
     def _write_init(self, command: Sequence[str]) -> None:
-        kept = {_REPOSITORY, Path.cwd(), Path(sys.prefix), Path(sys.base_prefix)}
-        hidden = sorted(path for path in kept if path.is_relative_to("/tmp") or path.is_relative_to("/run"))
+        kept = {_REPOSITORY, Path.cwd(), *map(Path, (sys.prefix, sys.base_prefix, *sys.path))}
+        hidden = sorted(path for path in kept if path.is_dir() and str(path).startswith(("/tmp/", "/run/")))
         mounts = (f"mkdir -p {path}\nmount -t hostfs none {path} -o {path},ro" for path in map(_quoted, hidden))
         init = self.shared / "init"
         init.write_text(
             _INIT.format(
-                shared=self.shared,
+                shared=_quoted(self.shared),
                 inside=SHARED,
                 kept="\n".join(mounts),
                 modules=_MODULES,
@@ -184,13 +188,13 @@ class Machine:
         # container is often neither, so it gets one of its own. Pages are taken when they are first used.
         shell = f'mount -t tmpfs -o size={_MEMORY_MIB + 64}m tmpfs /dev/shm && exec "$@"'
         tether = ["setpriv", "--pdeathsig", "KILL"]  # or it would outlive a pytest that is killed
-        isolation = ["unshare", "--fork", "--kill-child", "--pid", "--mount", "--net", "--ipc", "sh", "-c", shell, "sh"]
+        isolation = ["unshare", "--fork", "--kill-child", "--pid", "--mount", "--net", "sh", "-c", shell, "sh"]
         options = [
             "root=/dev/root",
             "rootfstype=hostfs",
             "ro",
             f"mem={_MEMORY_MIB}M",
-            f"init={self.shared}/init",
+            f'init="{self.shared}/init"',
             "quiet",
         ]
         environment = {"PATH": f"{os.environ.get('PATH', '')}:{_INSIDE_PATH}", "TMPDIR": "/dev/shm", "HOME": "/dev/shm"}
@@ -224,6 +228,13 @@ def run(command: Sequence[str], *, seconds: float = 300.0) -> tuple[int, str]:
         said: list[bytes] = []
         status = machine.wait(seconds, said.append)
     return status, b"".join(said).decode(errors="replace")
+
+
+def _remove_leftovers() -> None:
+    """Directories of runs that were killed are all that can be left of them."""
+    for directory in Path(tempfile.gettempdir()).glob(f"{_DIRECTORY}*-*"):
+        if not Path("/proc", directory.name.split("-")[2]).exists():
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _quoted(path: Path) -> str:
