@@ -7,7 +7,7 @@ import signal
 import socket
 import ssl
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from tests.lab.apiserver import ApiServer
 from tests.lab.apiserver_faults import OnRequest
 from tests.lab.cluster_objects import port, service
 from tests.lab.host import Host
+from tests.lab.proxy_process import METRICS_PORT
 from tests.lab.waiting import eventually
 
 TOKEN = "token-of-the-service-account"
@@ -34,27 +35,27 @@ START_SECONDS = 20.0
 
 
 class Pod:
-    """kproxy's pod on a node, as an overlay has it, with the API server filled in."""
+    """kproxy's pod on a node, as an overlay has it, with the API server filled in, and what else is set."""
 
-    def __init__(self, name: str, node: Host, api: ApiServer, authority: str, folder: Path) -> None:
+    def __init__(self, name: str, node: Host, api: ApiServer, authority: str, folder: Path, **settings: str) -> None:
         self.node = node
         objects = overlay(name)
         self.role = the("ClusterRole", objects)
         spec = pod_spec(objects)
         self.grace_seconds = spec["terminationGracePeriodSeconds"]
-        (settings,), (self.container,) = spec["initContainers"], spec["containers"]
+        (first,), (self.container,) = spec["initContainers"], spec["containers"]
         if name == "replace-kube-proxy":
             kubeconfig = the("ConfigMap", overlay("nftables"))["data"]["kubeconfig.conf"]  # kubeadm's is the same
             config = KUBEADMS_CONFIGURATION.read_text()
         else:
             kubeconfig, config = (the("ConfigMap", objects)["data"][key] for key in ("kubeconfig.conf", "config.conf"))
         files = {
-            "config.conf": yaml.safe_dump(yaml.safe_load(config) | LEFT_ALONE | FILLED_IN),
+            "config.conf": yaml.safe_dump(yaml.safe_load(config) | LEFT_ALONE | FILLED_IN | settings),
             "kubeconfig.conf": kubeconfig.replace(PLACEHOLDER, api.url),
         }
         account = {"ca.crt": authority, "token": TOKEN}
         make = partial(Container, node, spec, config=files, account=account)
-        self.sysctls = make(settings, log=folder / "sysctls.log")
+        self.sysctls = make(first, log=folder / "sysctls.log")
         self.kproxy = make(self.container, log=folder / "kproxy.log")
 
     def start(self) -> None:
@@ -87,6 +88,9 @@ class Pod:
         records = [json.loads(line) for line in self.kproxy.log.read_text().splitlines()]
         before = [line for line in self.sysctls.log.read_text().splitlines() if "[info " not in line]
         return before + [record["msg"] for record in records if record["level"] != "info"]
+
+
+MakePod = Callable[..., Pod]
 
 
 @pytest.fixture(scope="module")
@@ -149,16 +153,28 @@ def endpoint(node: Host) -> Iterator[socket.socket]:
         yield listener
 
 
+@pytest.fixture
+def make_pod(node: Host, api: ApiServer, certificate: tuple[Path, Path], tmp_path: Path) -> Iterator[MakePod]:
+    """Makes pods of an overlay, which end with the test."""
+    made: list[Pod] = []
+
+    def make(name: str, **settings: str) -> Pod:
+        made.append(Pod(name, node, api, certificate[0].read_text(), tmp_path, **settings))
+        return made[-1]
+
+    yield make
+    for pod in made:
+        pod.sysctls.kill()
+        pod.kproxy.kill()
+
+
 @pytest.fixture(params=["nftables", "iptables with nft", "iptables with legacy", "replace-kube-proxy"])
-def pod(request, node: Host, api: ApiServer, certificate: tuple[Path, Path], tmp_path: Path) -> Iterator[Pod]:
+def pod(request, node: Host, make_pod: MakePod) -> Pod:
     """The pod of an overlay, on a node whose kubelet uses one or the other variant of iptables where that matters."""
     name, _, variant = request.param.partition(" with ")
     if variant:
         node.exec(f"iptables-{variant}", "-t", "mangle", "-N", "KUBE-IPTABLES-HINT")
-    made = Pod(name, node, api, certificate[0].read_text(), tmp_path)
-    yield made
-    made.sysctls.kill()
-    made.kproxy.kill()
+    return make_pod(name)
 
 
 def test_the_pod_is_ready_when_its_services_work_and_not_before(pod: Pod, api: ApiServer, endpoint: socket.socket):
@@ -205,6 +221,19 @@ def test_a_pod_with_everything_filled_in_has_nothing_to_complain_of(pod: Pod):
     pod.wait_until_ready()
 
     assert pod.complaints() == []
+
+
+@pytest.mark.parametrize(("configured", "runs"), [("", "nftables"), ("nftables", "nftables"), ("iptables", "iptables")])
+def test_in_the_place_of_kube_proxy_the_mode_is_the_one_that_it_was_to_have(
+    configured: str, runs: str, make_pod: MakePod, endpoint: socket.socket
+):
+    pod = make_pod("replace-kube-proxy", mode=configured)
+
+    pod.start()
+    pod.wait_until_ready()
+
+    assert pod.node.get(f"http://127.0.0.1:{METRICS_PORT}/proxyMode").text == runs
+    pod.node.connect(CLUSTER_IP, 80).close()
 
 
 @pytest.mark.parametrize(
