@@ -82,11 +82,15 @@ class Succession(Observer):
     """Removes what other modes left once a sync has succeeded, in a thread of its own.
 
     It looks again now and then: a kube-proxy that still runs puts its rules back, and leaves them when it is removed.
+    `wait` is given the seconds until the next look, and returns true when there shall be none.
     """
 
-    def __init__(self, families: Sequence[Family], mode: ProxyMode) -> None:
+    def __init__(
+        self, families: Sequence[Family], mode: ProxyMode, wait: Callable[[float], bool] | None = None
+    ) -> None:
         self._families = tuple(families)
         self._mode = mode
+        self._wait = wait or threading.Event().wait  # for something that never happens
         self._begun = False
 
     def sync_done(self, report: SyncReport, seconds: float) -> None:  # noqa: ARG002 - an observer's signature
@@ -97,9 +101,8 @@ class Succession(Observer):
 
     def _run(self) -> None:
         pause = FIRST_LOOK_SECONDS
-        never = threading.Event()
         self.remove_now()
-        while not never.wait(pause):
+        while not self._wait(pause):
             self.remove_now()
             pause = min(2 * pause, LAST_LOOK_SECONDS)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
@@ -26,6 +27,7 @@ WEB_NODE_PORT, EMPTY_NODE_PORT = 30080, 30081
 ROUTE_LOCALNET = "net/ipv4/conf/all/route_localnet"
 PODS = dict(zip(Family, CLUSTER_CIDR.split(","), strict=True))
 _IPTABLES = {Family.IPv4: "iptables", Family.IPv6: "ip6tables"}
+_EMPTY_TABLE = re.compile(r"^\*\w+\n(:[A-Z]+ ACCEPT\n)*COMMIT\n", re.MULTILINE)
 _COUNTERS = re.compile(r"^(:.*) \[\d+:\d+\]$|^#.*\n", re.MULTILINE)
 
 # What kubelet, a container runtime, a CNI plugin and an administrator have.
@@ -124,7 +126,7 @@ class Stage:
     def proxy(self, mode: ProxyMode, *flags: str) -> ProxyProcess:
         """A kproxy; not started yet."""
         log = self._folder / f"kproxy-{len(self._proxies)}.log"
-        self._proxies.append(ProxyProcess(self.node, [*self._flags(mode), *flags], log))
+        self._proxies.append(ProxyProcess(self.node, [*self.flags(mode), *flags], log))
         return self._proxies[-1]
 
     def started(self, mode: ProxyMode, *flags: str) -> ProxyProcess:
@@ -134,7 +136,8 @@ class Stage:
         made.wait_until_synced()
         return made
 
-    def _flags(self, mode: ProxyMode) -> list[str]:
+    def flags(self, mode: ProxyMode) -> list[str]:
+        """The flags with which kproxy runs here."""
         return [
             f"--proxy-mode={mode.value}",
             f"--manifests={self.manifests}",
@@ -197,9 +200,10 @@ class Stage:
         """Run nft as somebody else on the node would."""
         return self.node.namespace.command("nft", "-f", "-", stdin=text).stdout
 
-    def saved(self, *flags: str, variant: Variant | None = None) -> str:
-        """What iptables-save prints of both families; without times and the counters of built-in chains."""
-        texts = [self.node.exec(f"{name}-{variant or self.variant}-save", *flags) for name in _IPTABLES.values()]
+    def saved(self, *flags: str, variant: Variant | None = None, families: Iterable[Family] = Family) -> str:
+        """What iptables-save prints; without times and the counters of built-in chains."""
+        names = (f"{_IPTABLES[family]}-{variant or self.variant}-save" for family in families)
+        texts = [self.node.exec(name, *flags) for name in names]
         return _COUNTERS.sub(lambda found: found[1] or "", "".join(texts))
 
     def tables(self) -> set[str]:
@@ -210,7 +214,8 @@ class Stage:
     def rules(self) -> str:
         """Everything that is in the kernel, in both variants and in nftables."""
         listed = [self.node.exec("nft", "list", "table", *table.split()) for table in sorted(self.tables())]
-        return "".join([*(self.saved(variant=variant) for variant in Variant), *listed])
+        saved = [_EMPTY_TABLE.sub("", self.saved(variant=variant)) for variant in Variant]
+        return "".join([*saved, *listed])
 
     def others_are_untouched(self) -> bool:
         """Whether what belongs to others is there as it was, line by line and in its order."""
