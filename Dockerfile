@@ -45,7 +45,7 @@ RUN set -eu; \
     mkdir -p /system/etc/ssl/certs; \
     cp /etc/ssl/certs/ca-certificates.crt /system/etc/ssl/certs/; \
     ldconfig -r /system; \
-    python3 -m compileall -q -s /system --invalidation-mode unchecked-hash /system/usr/lib/python3.11
+    python3 -m compileall -q -j 0 -s /system --invalidation-mode unchecked-hash /system/usr/lib/python3.11
 
 # Of the kubernetes package, 125 of 126 MB are models and calls of every API, and all of it once more for asyncio. They are loaded
 # when asked for by name, and kproxy never does: it takes configuration, credentials and the connection pool.
@@ -57,7 +57,7 @@ RUN set -eu; \
     cd /packages/usr/local/lib/python3.11/dist-packages; \
     find kubernetes/client/api kubernetes/client/models -type f ! -name __init__.py -delete; \
     rm -r kubernetes/aio aiohappyeyeballs* aiohttp* aiosignal* attr attrs* frozenlist* multidict* propcache* yarl*; \
-    python3 -m compileall -q -s /packages --invalidation-mode unchecked-hash .
+    python3 -m compileall -q -j 0 -s /packages --invalidation-mode unchecked-hash .
 
 # kubeadm's DaemonSet names /usr/local/bin/kube-proxy as its command: there, too, only the image changes.
 WORKDIR /source
@@ -65,7 +65,7 @@ COPY . .
 RUN set -eu; \
     pip install --quiet --root /kproxy --root-user-action ignore --break-system-packages --no-compile \
         --no-warn-script-location --no-build-isolation --no-deps .; \
-    python3 -m compileall -q -s /kproxy --invalidation-mode unchecked-hash /kproxy/usr/local/lib/python3.11/dist-packages; \
+    python3 -m compileall -q -j 0 -s /kproxy --invalidation-mode unchecked-hash /kproxy/usr/local/lib/python3.11/dist-packages; \
     ln -s kproxy /kproxy/usr/local/bin/kube-proxy; \
     mkdir -p /kproxy/usr/share/doc/kproxy; \
     cp LICENSE /kproxy/usr/share/doc/kproxy/copyright
