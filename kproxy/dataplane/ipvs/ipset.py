@@ -39,6 +39,8 @@ _BIG_ENDIAN = 0x4000  # NLA_F_NET_BYTEORDER
 _ATTRIBUTE = struct.Struct("=HH")
 _BIG_SHORT = struct.Struct("!H")
 
+_NFPROTO = {Family.IPv4: socket.AF_INET, Family.IPv6: socket.AF_INET6}
+
 _TOGETHER = 200  # members in a message: some 14 kB
 _NO_SUCH_SET = errno.ENOENT
 _FULL = 4352  # IPSET_ERR_HASH_FULL
@@ -46,6 +48,7 @@ _BUSY = 4100  # IPSET_ERR_BUSY
 _TEXTS = {
     _FULL: "the set is full (65536 members)",
     _BUSY: "the set is in use by a rule",
+    errno.EEXIST: "a set of another type has this name",
     4098: "the kernel has no such type of set",
     4103: "it is there already",
 }
@@ -83,10 +86,20 @@ def read(families: Iterable[Family]) -> Entries:
             for payload in messages:
                 fields = attributes(payload, len(_HEADER))
                 if _TYPE_NAME in fields:  # only in the first message
-                    kind = SetKind(fields[_TYPE_NAME].rstrip(b"\0").decode())
-                    entries[SetKey(name)] = SetType(kind, family)
+                    found = _type(fields, family)
+                    if not found:
+                        break
+                    entries[SetKey(name)] = found
                 entries |= {MemberKey(name, _member(data)): EXISTS for data in _several(fields.get(_MEMBERS, b""))}
     return entries
+
+
+def _type(fields: Mapping[int, bytes], family: Family) -> SetType | None:
+    """What a set holds; None: nothing that a set of ours may hold."""
+    name = fields[_TYPE_NAME].rstrip(b"\0").decode()
+    if name not in set(SetKind) or (name != SetKind.PORT and fields[_FAMILY] != bytes((_NFPROTO[family],))):
+        return None
+    return SetType(SetKind(name), family)
 
 
 def make(wanted: Mapping[SetKey, SetType]) -> dict[SetKey, int]:
@@ -99,9 +112,8 @@ def make(wanted: Mapping[SetKey, SetType]) -> dict[SetKey, int]:
                 if value.kind is SetKind.PORT
                 else {"hashsize": 1024, "maxelem": 65536}
             )
-            family = socket.AF_INET if value.family is Family.IPv4 else socket.AF_INET6
             try:
-                sets.create(key.name, stype=value.kind.value, family=family, exclusive=False, **size)
+                sets.create(key.name, stype=value.kind.value, family=_NFPROTO[value.family], exclusive=False, **size)
             except NetlinkError as error:
                 failed[key] = int(error.code)
     return failed

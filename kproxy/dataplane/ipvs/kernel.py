@@ -98,7 +98,8 @@ class IpvsKernel:
     def connections(self) -> dict[VirtualServerKey | RealServerKey, int]:
         """How many connections each server has had since it was made; of those that others made, too.
 
-        From any thread, over a socket of its own. Raises UnsupportedError and OSError.
+        The kernel adds them up every two seconds. From any thread, over a socket of its own.
+        Raises UnsupportedError and OSError.
         """
         counted: dict[VirtualServerKey | RealServerKey, int] = {}
         with Servers() as servers:

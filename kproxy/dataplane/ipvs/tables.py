@@ -1,13 +1,13 @@
 """The iptables part of ipvs mode in the kernel: reads our chains and jumps, and writes those that change.
 
-Rules change seldom, when the first member of a set comes or the last one goes, and there are few. So a chain in which
-anything changes is read again and written as a whole, all of a table in one commit.
+Rules change seldom, when the first member of a set comes or the last one goes, and there are few. So a chain that gets
+any is read again and written as a whole, all of a table in one commit.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from kproxy.dataplane.base import Change, Entries, Key
 from kproxy.dataplane.iptables import commands
@@ -55,8 +55,8 @@ def write(variant: Variant, family: Family, changes: Sequence[Change]) -> None:
 def commits(changes: Sequence[Change], present: Mapping[Key, object]) -> list[Commit]:
     """The commits that make the changes of one family, where `present` is what the kernel holds of it."""
     wanted: Entries = dict(present)
-    jumps: list[tuple[JumpKey, Change]] = []
-    touched: dict[ChainKey, Key] = {}  # and for the sake of which entry
+    touched: defaultdict[ChainKey, list[Change]] = defaultdict(list)
+    jumps: defaultdict[Table, list[tuple[JumpKey, Change]]] = defaultdict(list)
     for change in changes:
         if change.new is None:
             wanted.pop(change.key, None)
@@ -64,42 +64,46 @@ def commits(changes: Sequence[Change], present: Mapping[Key, object]) -> list[Co
             wanted[change.key] = change.new
         match change.key:
             case JumpKey() as key:
-                jumps.append((key, change))
-            case ChainKey() as key:
-                touched[key] = key
-            case RuleKey(family, table, chain) as key:
-                touched.setdefault(ChainKey(family, table, chain), key)
+                jumps[key.table].append((key, change))
+            case ChainKey(family, table, chain) | RuleKey(family, table, chain):
+                touched[ChainKey(family, table, chain)].append(change)
             case key:
                 raise TypeError(f"{key!r} has nothing to do with iptables")
-    chains = {key: rules for key, rules in laid_out(wanted).items() if key in wanted}
-    return [
-        Commit(table, commanded) for table in TABLES if (commanded := _commands(table, touched, chains, jumps, present))
-    ]
-
-
-def _commands(
-    table: Table,
-    touched: Mapping[ChainKey, Key],
-    chains: Mapping[ChainKey, Sequence[AnyRule]],
-    jumps: Collection[tuple[JumpKey, Change]],
-    present: Mapping[Key, object],
-) -> list[Command]:
-    here = {key: sake for key, sake in touched.items() if key.table == table}
-    kept = [key for key in here if key in chains]
-    gone = [key for key in here if key not in chains and key in present]
-    of_table = sorted((jump for jump in jumps if jump[0].table == table), key=lambda jump: jump[0].place)
-    # The first to be written comes to stand lowest.
-    removed = [Command("-D", key.chain, key, rule) for key, _ in of_table for rule in _rules(present.get(key))]
-    added = [Command("-I", key.chain, key, rule) for key, change in reversed(of_table) for rule in _rules(change.new)]
-    return [
-        *removed,
-        *(Command(":", key.chain, here[key]) for key in (*kept, *gone)),
-        *(Command("-A", key.chain, here[key], rule) for key in kept for rule in chains[key]),
-        *added,
-        *(Command("-X", key.chain, key) for key in gone),
-    ]
+    chains = laid_out(wanted)
+    planned = []
+    for table in TABLES:
+        # The first jump to be written comes to stand lowest.
+        moved = sorted(jumps[table], key=lambda jump: jump[0].place, reverse=True)
+        before = [Command("-D", key.chain, key, rule) for key, _ in moved for rule in _rules(present.get(key))]
+        emptied: list[Command] = []
+        filled: list[Command] = []
+        deleted: list[Command] = []
+        for key, of_chain in touched.items():
+            if key.table != table:
+                continue
+            sake = of_chain[0].key
+            if key not in wanted:
+                if key in present:
+                    emptied.append(Command(":", key.chain, sake))
+                    deleted.append(Command("-X", key.chain, sake))
+            elif key in present and all(change.new is None for change in of_chain):
+                # One by one, as others may have put theirs in between.
+                before += [
+                    Command("-D", key.chain, change.key, rule)
+                    for change in of_chain
+                    for rule in _rules(present.get(change.key))
+                ]
+            else:
+                emptied.append(Command(":", key.chain, sake))
+                filled += [Command("-A", key.chain, sake, rule) for rule in chains[key]]
+        added = [Command("-I", key.chain, key, rule) for key, change in moved for rule in _rules(change.new)]
+        if commanded := [*before, *emptied, *filled, *added, *deleted]:
+            planned.append(Commit(table, commanded))
+    return planned
 
 
 def _rules(value: object) -> tuple[AnyRule, ...]:
-    """The rule of a jump, where there is one."""
+    """The rules of an entry: a jump is one, a block has several, a chain as such has none."""
+    if isinstance(value, tuple):
+        return value
     return (value,) if isinstance(value, Rule | OpaqueRule) else ()

@@ -1,0 +1,261 @@
+"""Virtual servers and real servers in a kernel with IPVS: what is written, what is left alone, what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from kproxy.dataplane.base import ApplyError, Change, UnsupportedError, diff
+from kproxy.dataplane.ipvs.entries import RealServer, RealServerKey, VirtualServer, VirtualServerKey
+from kproxy.dataplane.ipvs.kernel import IpvsKernel
+from kproxy.dataplane.ipvs.options import Options
+from kproxy.model import Family, Protocol
+from tests.ipvs.kernel_host import (
+    NODE,
+    V4,
+    V6,
+    Host,
+    cluster_ip,
+    entries,
+    everything,
+    pod,
+    real_server,
+    route,
+    virtual_server,
+)
+from tests.lab.namespaces import Namespace
+from tests.lab.waiting import eventually
+
+pytestmark = pytest.mark.ipvs
+
+
+@pytest.fixture
+def host(netns: Namespace) -> Iterator[Host]:
+    with Host(netns) as made:
+        yield made
+
+
+def test_an_empty_node_reads_as_nothing_and_stays_so(host: Host) -> None:
+    assert host.read() == {}
+    assert host.servers() == []
+    assert host.command("ipset", "list", "-n") == ""
+    assert host.saved() == []
+    assert "kube-ipvs0" not in host.command("ip", "link")
+
+
+def test_what_was_written_is_read_back(host: Host) -> None:
+    wanted = everything()
+    host.bring_to(wanted)
+    assert diff(wanted, host.read()) == []
+    host.restart()
+    assert diff(wanted, host.read()) == []
+
+
+def test_other_tools_see_the_virtual_servers(host: Host) -> None:
+    host.bring_to(entries(route(V4, 1, 1, 2, affinity_seconds=180), route(V6, 2, 3, affinity_seconds=90)))
+    assert host.servers() == [
+        "-A -t 10.96.0.1:80 -s rr -p 180",
+        "-A -t [fd00:96::2]:80 -s rr -p 90",
+        "-a -t 10.96.0.1:80 -r 10.1.0.1:8080 -m -w 1",
+        "-a -t 10.96.0.1:80 -r 10.1.0.2:8080 -m -w 1",
+        "-a -t [fd00:96::2]:80 -r [fd00:1::3]:8080 -m -w 1",
+    ]
+
+
+def test_the_scheduler_that_looks_at_ports(host: Host) -> None:
+    host.bring_to(entries(route(V4, 1, 1), options=Options(scheduler="mh")))
+    assert "-A -t 10.96.0.1:80 -s mh -b mh-port" in host.servers()
+
+
+def test_one_endpoint_instead_of_another_leaves_the_rest_alone(host: Host) -> None:
+    others = [route(V4, number, 1, 2) for number in range(2, 5)]
+    before, after = entries(route(V4, 1, 1, 2), *others), entries(route(V4, 1, 2, 3), *others)
+    host.bring_to(before)
+    was = host.servers()
+    host.netns.run(host.kernel.apply, diff(after, before))
+    assert diff(after, host.read()) == []
+    assert set(host.servers()) ^ set(was) == {
+        "-a -t 10.96.0.1:80 -r 10.1.0.1:8080 -m -w 1",
+        "-a -t 10.96.0.1:80 -r 10.1.0.3:8080 -m -w 1",
+    }
+
+
+@pytest.mark.parametrize("family", list(Family))
+def test_a_virtual_server_that_changes_keeps_its_connections(host: Host, family: Family) -> None:
+    host.bring_to(entries(route(family, 1, 1)))
+    with host.listening(pod(family, 1)) as server, host.connect(cluster_ip(family, 1)) as client:
+        peer, _ = server.accept()
+        with peer:
+            host.bring_to(entries(route(family, 1, 1, affinity_seconds=60), options=Options(scheduler="sh")))
+            client.sendall(b"still here?")
+            assert peer.recv(64) == b"still here?"
+    assert any("-s sh -p 60" in line for line in host.servers())
+
+
+def test_servers_of_others_are_neither_read_nor_touched(host: Host) -> None:
+    host.netns.command("ip", "address", "add", "192.168.0.11/24", "dev", "eth0")
+    strangers = [
+        "-A -f 7 -s wlc",
+        "-A -t 192.168.0.10:443 -s rr",
+        "-A -t 192.168.0.11:31999 -s rr",
+        "-A -t 198.51.100.1:30001 -s rr",  # the number of a node port, on an address that is not the node's
+        "-A -u 192.168.0.10:30001 -s rr",  # the same number, another protocol
+        "-A -t [2001:db8::1]:80 -s wrr",
+        "-a -t 192.168.0.10:443 -r 10.9.0.1:443 -m -w 7",
+        "-a -t 198.51.100.1:30001 -r 10.9.0.1:443 -g -w 1",
+    ]
+    host.command("ipvsadm", "-R", stdin="".join(f"{line}\n" for line in strangers))
+    before = host.servers()
+    wanted = entries(route(V4, 1, 1, node_port=30001))
+    host.bring_to(wanted)
+    assert diff(wanted, host.read()) == []
+    host.restart()
+    assert diff(wanted, host.read()) == []
+    host.bring_to({})
+    assert host.servers() == before
+
+
+def test_what_others_put_on_our_addresses_goes(host: Host) -> None:
+    wanted = entries(route(V4, 1, 1, 2))
+    same_port = RealServerKey(*virtual_server(1), pod(V4, 3), 80)
+    wanted[same_port] = RealServer(1)
+    host.bring_to(wanted)
+    before = host.servers()
+    ours = f"{cluster_ip(V4, 1)}:80"
+    host.command("ipvsadm", "-A", "-t", f"{cluster_ip(V4, 1)}:81", "-s", "rr")
+    host.command("ipvsadm", "-a", "-t", ours, "-r", "10.9.9.9:80", "-m")
+    host.command("ipvsadm", "-e", "-t", ours, "-r", f"{pod(V4, 1)}:8080", "-m", "-w", "5")
+    host.command("ipvsadm", "-d", "-t", ours, "-r", f"{pod(V4, 2)}:8080")
+    host.command("ipvsadm", "-e", "-t", ours, "-r", f"{pod(V4, 3)}:80", "-g")
+    host.bring_to(wanted)
+    assert host.servers() == before
+
+
+def test_excluded_addresses_are_left_alone(host: Host) -> None:
+    host.restart(excluded=["10.96.0.128/25"])
+    own, others = route(V4, 130, 1), route(V4, 1, 1)
+    host.bring_to(entries(own, others))
+    host.command("ipvsadm", "-A", "-t", f"{cluster_ip(V4, 130)}:81", "-s", "rr")
+    host.command("ipvsadm", "-A", "-t", f"{cluster_ip(V4, 1)}:81", "-s", "rr")
+    host.bring_to(entries(own, others))
+    stays = f"-A -t {cluster_ip(V4, 130)}:81 -s rr"
+    assert stays in host.servers()
+    assert f"-A -t {cluster_ip(V4, 1)}:81 -s rr" not in host.servers()
+    host.bring_to(entries())
+    assert host.servers() == [stays]
+
+
+@pytest.mark.parametrize("family", list(Family))
+def test_a_new_process_removes_node_ports_that_are_not_wanted_any_more(host: Host, family: Family) -> None:
+    host.bring_to(
+        entries(
+            route(family, 1, 1, node_port=30001),
+            route(family, 2, 1, node_port=30002, protocol=Protocol.UDP),
+            route(family, 3, 1, node_port=30003, protocol=Protocol.SCTP),
+            route(family, 4, 1, external_ips=(NODE[family],)),
+        )
+    )
+    assert sum(NODE[family] in line for line in host.servers()) == 8
+    host.restart()
+    host.bring_to(entries())
+    assert host.servers() == []
+
+
+def test_a_refused_endpoint_is_named_and_the_others_go_in(host: Host) -> None:
+    wanted = entries(route(V4, 1, 1), route(V4, 2, 1))
+    refused = RealServerKey(*virtual_server(1), "224.0.0.1", 8080)
+    with pytest.raises(ApplyError, match=r"10\.96\.0\.1:80.*224\.0\.0\.1:8080.*Invalid argument") as caught:
+        host.netns.run(host.kernel.apply, diff({**wanted, refused: wanted[real_server(1, 1)]}, {}))
+    assert caught.value.culprits == (refused,)
+    assert not caught.value.transient
+    assert diff(wanted, host.read()) == []
+
+
+def test_a_refused_virtual_server_is_named_once(host: Host) -> None:
+    wanted = entries(route(V4, 1, 1, 2), route(V4, 2, 1))
+    wanted[virtual_server(1)] = VirtualServer("no-such")
+    with pytest.raises(ApplyError) as caught:
+        host.netns.run(host.kernel.apply, diff(wanted, {}))
+    assert caught.value.culprits == (virtual_server(1),)
+    assert [line for line in host.servers() if "10.96.0.2" in line]
+
+
+def test_what_was_flushed_is_told_and_comes_back(host: Host) -> None:
+    before, after = entries(route(V4, 1, 1)), entries(route(V4, 1, 1, 2))
+    host.bring_to(before)
+    host.command("ipvsadm", "-C")
+    host.command("ip", "link", "delete", "kube-ipvs0")
+    with pytest.raises(ApplyError) as caught:
+        host.netns.run(host.kernel.apply, diff(after, before))
+    assert not caught.value.transient
+    host.bring_to(after)
+    assert diff(after, host.read()) == []
+
+
+def test_changes_may_be_made_twice(host: Host) -> None:
+    wanted = everything()
+    changes = diff(wanted, {})
+    host.netns.run(host.kernel.apply, changes)
+    host.netns.run(host.kernel.apply, changes)
+    assert diff(wanted, host.read()) == []
+    back = [Change(change.key, change.new, None) for change in changes]
+    host.netns.run(host.kernel.apply, back)
+    host.netns.run(host.kernel.apply, back)
+    assert host.read() == {}
+    assert host.servers() == []
+
+
+@pytest.mark.parametrize("family", list(Family))
+def test_connections_are_counted(host: Host, family: Family) -> None:
+    host.bring_to(entries(route(family, 1, 1, 2)))
+    with host.listening(pod(family, 1)), host.listening(pod(family, 2)):
+        for _ in range(6):
+            host.connect(cluster_ip(family, 1)).close()
+    counts = {
+        virtual_server(1, family=family): 6,
+        real_server(1, 1, family=family): 3,
+        real_server(1, 2, family=family): 3,
+    }
+    eventually(lambda: host.netns.run(host.kernel.connections) == counts, "the kernel adds up every two seconds")
+
+
+def test_timeouts_that_are_not_given_stay(host: Host) -> None:
+    host.netns.run(host.kernel.set_timeouts, 111, 0, 222)
+    assert host.command("ipvsadm", "-L", "--timeout").strip() == "Timeout (tcp tcpfin udp): 111 120 222"
+    host.netns.run(host.kernel.set_timeouts, 0, 0, 0)
+    assert host.command("ipvsadm", "-L", "--timeout").strip() == "Timeout (tcp tcpfin udp): 111 120 222"
+
+
+def test_the_probe_leaves_nothing_behind(host: Host) -> None:
+    links = host.command("ip", "-o", "link")
+    assert host.netns.run(host.kernel.probe, "mh").random_fully
+    assert host.servers() == []
+    assert host.command("ip", "-o", "link") == links
+    assert not [line for line in host.saved() if "KUBE" in line]
+
+
+def test_a_scheduler_that_the_kernel_does_not_have(host: Host) -> None:
+    with pytest.raises(UnsupportedError, match=r"no scheduler 'fancy'.*ip_vs_fancy"):
+        host.netns.run(host.kernel.probe, "fancy")
+    assert host.servers() == []
+
+
+def test_one_family_only(netns: Namespace) -> None:
+    with Host(netns) as host:
+        host.bring_to(entries(route(V4, 1, 1), route(V6, 1, 1)))
+        both = host.servers()
+        with netns.run(lambda: IpvsKernel((V4,), host.kernel.variant)) as kernel:
+            found = netns.run(kernel.read)
+            assert virtual_server(1) in found
+            assert VirtualServerKey(V6, cluster_ip(V6, 1), Protocol.TCP, 80) not in found
+            netns.run(kernel.apply, diff({}, found))
+        assert host.servers() == [line for line in both if "fd00" in line]
+
+
+def test_many_services(host: Host) -> None:
+    wanted = entries(*(route(V4, number, 1, 2, 3) for number in range(1, 251)))
+    host.bring_to(wanted)
+    assert diff(wanted, host.read()) == []
+    host.bring_to(entries())
+    assert host.servers() == []
