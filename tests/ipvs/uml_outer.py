@@ -45,7 +45,7 @@ class InnerPytest:
         env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
         env |= {
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # Python starts slowly there
-            "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",
+            "HYPOTHESIS_STORAGE_DIRECTORY": "/dev/shm/hypothesis",
             "COVERAGE_FILE": str(uml.SHARED / _COVERAGE),
         }
         self._machine = uml.Machine(

@@ -1,8 +1,8 @@
 """User-Mode Linux: a kernel with IPVS as a process, on this host's own file system.
 
-The machine sees the host's files read-only; /run, /tmp and /dev are its own, and one directory (`Machine.shared`,
-inside it `SHARED`) is open to both sides. It has no network but what is made in it. All its processes and its memory
-live in namespaces of their own and go with it.
+The machine sees the host's files, /tmp too, read-only; /run and /dev are its own, with TMPDIR in /run, and one
+directory (`Machine.shared`, inside it `SHARED`) is open to both sides. It has no network but what is made in it. All
+its processes and its memory live in namespaces of their own and go with it.
 
 By hand: `python -m tests.lab.uml COMMAND…` runs one command as root in the current directory and ends with its status.
 """
@@ -22,8 +22,8 @@ from pathlib import Path
 
 KERNEL = "linux.uml"
 SHARED = Path("/run/host")
+_TMP = "/run/tmp"  # /tmp is the host's, since what is run may lie there
 _MODULES = Path("/usr/lib/uml/modules")
-_REPOSITORY = Path(__file__).resolve().parents[2]
 _DIRECTORY = "kproxy-uml-"  # shared; then come the process id and something random
 _MEMORY_MIB = 1024
 _POLL_SECONDS = 0.05
@@ -48,10 +48,8 @@ setpriv --no-new-privs mount -o remount,bind,nosuid none /
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t tmpfs -o mode=755 tmpfs /run
-mkdir /run/host /run/lock /run/modules /run/modules/lib /run/modules/lib/modules
+mkdir {inside} {tmp} /run/lock /run/modules /run/modules/lib /run/modules/lib/modules
 mount -t hostfs none {inside} -o {shared}
-mount -t tmpfs -o mode=1777 tmpfs /tmp
-{kept}
 mkdir -p /dev/shm /dev/pts
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm
 mount -t devpts devpts /dev/pts
@@ -158,22 +156,19 @@ class Machine:
             "PATH": f"{env.get('PATH', '')}:{_INSIDE_PATH}",
             "MODPROBE_OPTIONS": "-d /run/modules",
             "PYTHONDONTWRITEBYTECODE": "1",
-            "TMPDIR": "/tmp",
+            "TMPDIR": _TMP,
         }
         names = [name for name in inside if name.isidentifier() and name.isascii()]
         text = "".join(f"export {name}={shlex.quote(inside[name])}\n" for name in names)
         (self.shared / "environment").write_text(text)
 
     def _write_init(self, command: Sequence[str]) -> None:
-        kept = {_REPOSITORY, Path.cwd(), *map(Path, (sys.prefix, sys.base_prefix, *sys.path))}
-        hidden = sorted(path for path in kept if path.is_dir() and str(path).startswith(("/tmp/", "/run/")))
-        mounts = (f"mkdir -p {path}\nmount -t hostfs none {path} -o {path},ro" for path in map(_quoted, hidden))
         init = self.shared / "init"
         init.write_text(
             _INIT.format(
                 shared=_quoted(self.shared),
                 inside=SHARED,
-                kept="\n".join(mounts),
+                tmp=_TMP,
                 modules=_MODULES,
                 loaded=_LOADED,
                 directory=_quoted(Path.cwd()),
