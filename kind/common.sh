@@ -151,8 +151,8 @@ wait_until_programmed() {
 
 # Prints the first line of a dry run on every node where kproxy should run; fails if one does not match the pattern.
 programmed() {
-    $kube_system get pods -l "$selector" --field-selector=status.phase=Running \
-        -o 'jsonpath={range .items[*]}{.metadata.name} {.spec.nodeName} {.spec.containers[0].args[*]}{"\n"}{end}' \
+    $kube_system get pods -l "$selector" \
+        -o 'jsonpath={range .items[?(@.status.phase=="Running")]}{.metadata.name} {.spec.nodeName} {.spec.containers[0].args[*]}{"\n"}{end}' \
         >"$work/pods" || return 1
     wanted=$($kube_system get daemonset kproxy -o 'jsonpath={.status.desiredNumberScheduled}')
     running=$(grep -c . "$work/pods")

@@ -20,7 +20,7 @@ def pod_deletion(lab: Lab) -> None:
     """Pods are deleted while traffic flows"""
     with lab.check(f"a Deployment of {_REPLICAS} runs"):
         lab.start(deployment("web", NGINX, _REPLICAS))
-        before = _ready_pods(lab)
+        before = _all_pods(lab)
         lab.wait_until_ready(before)
         lab.learn_pages(before[:1])  # they all show the same
     lab.create(service("web", "web"))
@@ -33,6 +33,8 @@ def pod_deletion(lab: Lab) -> None:
             with lab.check(f"{pod} is deleted: its address leaves the EndpointSlices, a new one comes"):
                 lab.kubectl("delete", "pod", pod, "--wait=false")
                 wait_for(partial(_replaced, lab, address), f"{_REPLICAS} others than {address} are ready", 120)
+        with lab.check("the deleted pods have ended"):
+            wait_for(lambda: not set(before) & set(_pods(lab)), "their objects are gone", 60)
     with lab.check(f"every one of {seen.total()} requests was answered meanwhile"):
         expect(set(seen), {before[0]}, f"who answered ({dict(seen)})")
         if seen.total() < _REPLICAS:
@@ -131,10 +133,14 @@ def _found(kind: KindCluster, node: str, traces: tuple[str, ...]) -> tuple[str, 
     return tuple(trace for trace in traces if re.search(rf"(?<![\w.]){re.escape(trace)}(?![\w.])", rules))
 
 
-def _ready_pods(lab: Lab) -> list[str]:
+def _pods(lab: Lab) -> list[str]:
+    return [pod["metadata"]["name"] for pod in get("-n", lab.namespace, "pods", "-l", "app=web")["items"]]
+
+
+def _all_pods(lab: Lab) -> list[str]:
     def enough() -> list[str]:
-        pods = get("-n", lab.namespace, "pods", "-l", "app=web")["items"]
-        return [pod["metadata"]["name"] for pod in pods] if len(pods) == _REPLICAS else []
+        pods = _pods(lab)
+        return pods if len(pods) == _REPLICAS else []
 
     return wait_for(enough, f"the Deployment makes {_REPLICAS} pods", 60)
 

@@ -24,30 +24,24 @@ class KubectlError(LabError):
 
     def __init__(self, arguments: tuple[str, ...], said: str) -> None:
         super().__init__(f"kubectl {' '.join(arguments)}: {said.strip()}")
-        self.said = said
 
 
-def kubectl(*arguments: str, stdin: str = "", timeout: float = 60) -> str:
-    """Run kubectl to its end and return what it printed. Raises KubectlError."""
+def run(*arguments: str, stdin: str = "", timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    """Run kubectl to its end, whether it succeeds or not. Raises KubectlError if it does not end."""
     try:
-        done = subprocess.run(
+        return subprocess.run(
             ("kubectl", *arguments), input=stdin, capture_output=True, text=True, timeout=timeout, check=False
         )
     except subprocess.TimeoutExpired:
         raise KubectlError(arguments, f"no answer in {timeout:g} s") from None
+
+
+def kubectl(*arguments: str, stdin: str = "", timeout: float = 60) -> str:
+    """Run kubectl and return what it printed. Raises KubectlError if it fails."""
+    done = run(*arguments, stdin=stdin, timeout=timeout)
     if done.returncode:
         raise KubectlError(arguments, done.stderr or done.stdout)
     return done.stdout
-
-
-def try_kubectl(*arguments: str, timeout: float = 60) -> str:
-    """Run kubectl and return all it printed, whether it succeeds or not."""
-    command = ("kubectl", *arguments)
-    try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return f"no answer in {timeout:g} s"
-    return done.stdout + done.stderr
 
 
 def get(*arguments: str) -> Object:

@@ -12,22 +12,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from labs import manifests
-from labs.kubectl import LabError, Object, get, kubectl, try_kubectl, wait_for
+from labs.kubectl import LabError, Object, get, kubectl, run, wait_for
 from labs.nodes import KindCluster
 
-FAILED = "no answer"
+FAILED = "nobody"
 _STOP = "/tmp/stop"  # noqa: S108 - in a pod of ours
 _START_SECONDS = 180
 _IMAGE_TROUBLE = {"ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName"}
 
-# Prints for each of $2 requests the checksum of the page, or "-".
+# Prints for each of $2 requests to $1 the checksum of the page, or "-"; gives up after three without an answer.
 _FETCH = """\
 fetch() {
     if command -v curl >/dev/null; then curl -s -f -g --noproxy '*' -m 2 "$1"; else wget -q -O - -T 2 -t 1 "$1"; fi
 }
 look() { if page=$(fetch "$1" 2>/dev/null); then printf %s "$page" | md5sum | cut -c 1-32; else echo -; fi; }
 """
-_MANY = _FETCH + 'n=0; while [ $n -lt "$2" ]; do look "$1"; n=$((n + 1)); done'
+_MANY = (
+    _FETCH
+    + """\
+n=0 lost=0
+while [ $n -lt "$2" ] && [ $lost -lt 3 ]; do
+    page=$(look "$1")
+    echo "$page"
+    [ "$page" != - ] || lost=$((lost + 1))
+    n=$((n + 1))
+done
+"""
+)
 _UNTIL_TOLD = (
     _FETCH
     + """\
@@ -75,8 +86,8 @@ class Lab:
             ("get", "events", "--sort-by=.lastTimestamp"),
             ("logs", "-l", "app", "--all-containers", "--prefix", "--tail=10"),
         ):
-            said = try_kubectl("-n", self.namespace, *arguments)
-            say(f"\n$ kubectl -n {self.namespace} {' '.join(arguments)}\n{said}")
+            done = run("-n", self.namespace, *arguments)
+            say(f"\n$ kubectl -n {self.namespace} {' '.join(arguments)}\n{done.stdout}{done.stderr}")
 
     # Objects
 
@@ -90,7 +101,7 @@ class Lab:
 
     def create(self, *objects: Object) -> None:
         """Create objects."""
-        self.kubectl("create", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": objects}))
+        self.kubectl("create", "-f", "-", stdin="".join(f"---\n{json.dumps(each)}\n" for each in objects))
 
     def patch(self, service: str, change: Object, *more: str) -> None:
         """Merge a change into a Service."""
@@ -165,7 +176,7 @@ class Lab:
     # Traffic
 
     def ask(self, url: str, times: int = 20) -> Counter[str]:
-        """How often which server has answered the client, and how often none."""
+        """How often which server has answered the client, and how often nobody; the third time is the last request."""
         return self._names(self._look(url, times))
 
     def answers(self, url: str, *servers: str, within: float = 20) -> None:

@@ -12,7 +12,7 @@ HTTPD = os.environ.get("E2E_HTTPD_IMAGE") or "httpd"
 CLIENT = os.environ.get("E2E_CLIENT_IMAGE") or "busybox"
 LABEL = {"kproxy.dev/e2e": "true"}
 
-UNREADY = "/tmp/unready"  # noqa: S108 - in a pod of ours; while a server has this file, its readiness probe fails
+UNREADY = "/tmp/unready"  # noqa: S108 - in a pod of ours
 DRAIN_SECONDS = 5
 
 
@@ -22,18 +22,16 @@ def namespace(name: str) -> Object:
 
 
 def server(name: str, image: str, app: str) -> Object:
-    """A web server on port 80. It goes on serving for a while after it is told to end, until all nodes know."""
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": name, "labels": {"app": app}},
-        "spec": _server_spec(image),
-    }
+    """A web server on port 80, with a readiness probe that fails while it has the file UNREADY."""
+    spec = _spec(_server(image), seconds_to_end=1)
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": {"app": app}}, "spec": spec}
 
 
 def deployment(name: str, image: str, replicas: int) -> Object:
-    """The same server several times."""
+    """The same server several times. Each serves for a while after it is told to end, until all nodes know."""
     labels = {"app": name}
+    drain = {"preStop": {"exec": {"command": ["sleep", str(DRAIN_SECONDS)]}}}
+    pod = _spec(_server(image) | {"lifecycle": drain}, seconds_to_end=DRAIN_SECONDS + 5)
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -41,7 +39,7 @@ def deployment(name: str, image: str, replicas: int) -> Object:
         "spec": {
             "replicas": replicas,
             "selector": {"matchLabels": labels},
-            "template": {"metadata": {"labels": labels}, "spec": _server_spec(image)},
+            "template": {"metadata": {"labels": labels}, "spec": pod},
         },
     }
 
@@ -49,7 +47,7 @@ def deployment(name: str, image: str, replicas: int) -> Object:
 def client() -> Object:
     """A pod to look from."""
     container = _container("client", CLIENT) | {"command": ["sleep", "86400"]}
-    spec = {"containers": [container], "terminationGracePeriodSeconds": 0, "enableServiceLinks": False}
+    spec = _spec(container, seconds_to_end=0)
     return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "client"}, "spec": spec}
 
 
@@ -62,19 +60,18 @@ def service(name: str, app: str = "", ports: list[Object] | None = None, **spec:
     return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": spec}
 
 
-def _server_spec(image: str) -> Object:
-    probe = {"exec": {"command": ["test", "!", "-e", UNREADY]}, "periodSeconds": 1, "failureThreshold": 1}
-    drain = {"preStop": {"exec": {"command": ["sleep", str(DRAIN_SECONDS)]}}}
-    container = _container("server", image) | {
-        "ports": [{"containerPort": 80, "protocol": "TCP"}],
-        "readinessProbe": probe,
-        "lifecycle": drain,
-    }
+def _spec(container: Object, *, seconds_to_end: int) -> Object:
     return {
         "containers": [container],
-        "terminationGracePeriodSeconds": DRAIN_SECONDS + 5,
+        "terminationGracePeriodSeconds": seconds_to_end,
         "enableServiceLinks": False,
     }
+
+
+def _server(image: str) -> Object:
+    probe = {"exec": {"command": ["test", "!", "-e", UNREADY]}, "periodSeconds": 1, "failureThreshold": 1}
+    ports = [{"containerPort": 80, "protocol": "TCP"}]
+    return _container("server", image) | {"ports": ports, "readinessProbe": probe}
 
 
 def _container(name: str, image: str) -> Object:

@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-from labs.kubectl import LabError, Object, get, try_kubectl, wait_for
+from labs.kubectl import LabError, Object, get, run, wait_for
 
 NAMESPACE = "kube-system"
 SELECTOR = "app.kubernetes.io/name=kproxy"
@@ -24,23 +24,24 @@ class ProxyPod(NamedTuple):
     node: str
     flags: tuple[str, ...]
 
-    def dry_run(self, *more: str) -> str:
-        """What `kproxy --dry-run` prints on the node."""
+    def dry_run(self, *more: str) -> tuple[str, str]:
+        """What `kproxy --dry-run` prints on the node, and what it logs."""
         command = ("kproxy", *self.flags, "--dry-run", *more)
-        return try_kubectl("-n", NAMESPACE, "exec", self.name, "-c", "kproxy", "--", *command)
+        done = run("-n", NAMESPACE, "exec", self.name, "-c", "kproxy", "--", *command)
+        return done.stdout, done.stderr
 
     def difference(self) -> str:
         """Why the kernel is not as it should be; nothing if it is."""
-        printed = self.dry_run("-o", "json")
+        printed, logged = self.dry_run("-o", "json")
         try:
-            counts = json.loads(printed[printed.index("{") : printed.rindex("}") + 1])["counts"]
+            counts = json.loads(printed)["counts"]
         except (ValueError, KeyError):
-            return f"{self.node}: the dry run fails: {printed.strip()}"
+            return f"{self.node}: the dry run fails: {printed}{logged.strip()}"
         return f"{self.node}: {counts}" if any(counts.values()) else ""
 
     def log_end(self) -> str:
         """The last lines of its log."""
-        return try_kubectl("-n", NAMESPACE, "logs", self.name, "-c", "kproxy", "--tail=20")
+        return run("-n", NAMESPACE, "logs", self.name, "-c", "kproxy", "--tail=20").stdout
 
 
 def proxy_pods() -> list[ProxyPod]:
@@ -134,13 +135,13 @@ def answer_on_this_machine(address: str) -> bytes:
         raise LabError(f"http://{address}/ from this machine: {error}") from error
 
 
-def node_addresses() -> list[str]:
-    """The InternalIP of every node."""
+def node_addresses(like: str) -> list[str]:
+    """The InternalIP of every node in the family of an address: that of a Service, which need not have both."""
     return [
         address["address"]
         for node in get("nodes")["items"]
         for address in node["status"]["addresses"]
-        if address["type"] == "InternalIP"
+        if address["type"] == "InternalIP" and (":" in address["address"]) == (":" in like)
     ]
 
 

@@ -78,8 +78,9 @@ def _show_trouble(lab: Lab) -> None:
     lab.show_trouble()
     try:
         for pod in proxy_pods():
-            say(f"\nkproxy on {pod.node}: {pod.dry_run().strip()}")
-            say(pod.log_end())
+            printed, logged = pod.dry_run()
+            say(f"\nkproxy on {pod.node}, a dry run:\n{printed or logged}")
+            say(f"kproxy on {pod.node}, the end of its log:\n{pod.log_end()}")
     except LabError as error:
         say(str(error))
 

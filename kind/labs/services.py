@@ -22,7 +22,7 @@ def node_port(lab: Lab) -> None:
     with lab.check("nginx and httpd run"):
         start_web(lab)
     lab.create(service("web", "web", [{"port": 80, "nodePort": NODE_PORT}], type="NodePort"))
-    for address in node_addresses():
+    for address in node_addresses(like=lab.cluster_ip("web")):
         with lab.check(f"both answer at node {address}, port {NODE_PORT}"):
             lab.answers(f"http://{in_url(address)}:{NODE_PORT}/", "nginx", "httpd")
     published = lab.kind.published(NODE_PORT) if lab.kind else ""
@@ -56,7 +56,7 @@ def convert(lab: Lab) -> None:
         lab.answers(f"http://{in_url(lab.cluster_ip('web'))}/", "nginx", "httpd")
     lab.patch("web", {"spec": {"type": "NodePort"}})
     port = lab.get("service", "web")["spec"]["ports"][0]["nodePort"]
-    urls = [f"http://{in_url(address)}:{port}/" for address in node_addresses()]
+    urls = [f"http://{in_url(address)}:{port}/" for address in node_addresses(like=lab.cluster_ip("web"))]
     with lab.check(f"after the patch to NodePort, both answer at port {port} of every node"):
         for url in urls:
             lab.answers(url, "nginx", "httpd")

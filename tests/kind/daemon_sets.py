@@ -1,0 +1,179 @@
+"""DaemonSets of the cluster lab: kproxy as its manifests deploy it, a process on every node.
+
+kube-proxy is played by kproxy: in iptables mode both write the same rules. What a kubelet would mount is
+written to a directory, and that takes the place of the mount path in arguments and files.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from tests.kind.resources import CONFIG_MAPS, DAEMON_SETS, PODS
+from tests.lab.apiserver import ApiServer
+from tests.lab.apiserver_store import ApiError, Key
+from tests.lab.cluster import Cluster, Node
+from tests.lab.proxy_process import ProxyProcess, kproxy_command, kproxy_environment
+
+Object = dict[str, Any]
+
+_SECRETS = "/var/run/secrets/kubernetes.io/serviceaccount"
+_READY_URL = "http://127.0.0.1:10256/readyz"
+_POLL_SECONDS = 0.2
+
+
+class _Daemon:
+    """The process of a DaemonSet on a node."""
+
+    def __init__(self, node: Node, container: Object, process: ProxyProcess, mounts: dict[str, Path]) -> None:
+        self.node, self.process, self._mounts = node, process, mounts
+        self._probed = "readinessProbe" in container
+        self.updated = True
+
+    def here(self, text: str) -> str:
+        """A text with the paths of this machine in it."""
+        return mapped(text, self._mounts)
+
+    @property
+    def ready(self) -> bool:
+        """Whether its readiness probe, if it has one, is answered well."""
+        try:
+            return self.process.running and (not self._probed or self.node.get(_READY_URL).status == 200)
+        except OSError:
+            return False
+
+
+class DaemonSets:
+    """Runs the DaemonSets that are created, until they are deleted."""
+
+    def __init__(self, cluster: Cluster, directory: Path) -> None:
+        assert isinstance(cluster.api, ApiServer)
+        self._cluster, self._directory = cluster, directory
+        self._store = cluster.api.store
+        self._daemons: dict[str, list[_Daemon]] = {}
+        self._lock = threading.RLock()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="daemonsets", daemon=True)
+        self._thread.start()
+        self._closing = ExitStack()
+
+    def close(self) -> None:
+        """End all processes."""
+        self._closed.set()
+        self._thread.join()
+        self._closing.close()
+        for daemons in self._daemons.values():
+            for daemon in daemons:
+                daemon.process.stop()
+
+    def created(self, written: Object) -> None:
+        """Run it on every node."""
+        name, namespace = written["metadata"]["name"], written["metadata"]["namespace"]
+        template = written["spec"]["template"]
+        with self._lock:
+            mounts = self._mount(namespace, template["spec"])
+            self._daemons[name] = [self._daemon(name, node, template["spec"], mounts) for node in self._cluster.nodes]
+            for daemon in self._daemons[name]:
+                spec = {**template["spec"], "nodeName": daemon.node.name}
+                metadata = {**template["metadata"], "name": f"{name}-{daemon.node.name}", "namespace": namespace}
+                self._store.put(PODS, {"metadata": metadata, "spec": spec, "status": {"phase": "Running"}})
+            self._show(Key(namespace, name))
+
+    def restarted(self, key: Key) -> None:
+        """Replace its processes one after the other."""
+        with self._lock:
+            for daemon in self._daemons[key.name]:
+                daemon.updated = False
+            self._show(key)
+        thread = threading.Thread(target=self._roll, args=(key,), daemon=True)
+        thread.start()
+        self._closing.callback(thread.join)
+
+    def deleted(self, key: Key) -> None:
+        """End its processes."""
+        with self._lock:
+            for daemon in self._daemons.pop(key.name, ()):
+                daemon.process.stop()
+                self._store.delete(PODS, Key(key.namespace, f"{key.name}-{daemon.node.name}"))
+            self._store.delete(DAEMON_SETS, key)
+
+    def freeze(self, name: str) -> None:
+        """End its processes while its pods stay: nobody follows any more."""
+        with self._lock:
+            for daemon in self._daemons[name]:
+                daemon.process.stop()
+
+    def run(self, pod: str, command: list[str]) -> tuple[bytes, bytes, int]:
+        """A command in a pod: kproxy, or a program of the node."""
+        daemon = next(d for name, ds in self._daemons.items() for d in ds if pod == f"{name}-{d.node.name}")
+        if command[0] == "kproxy":
+            command = list(kproxy_command([daemon.here(flag) for flag in command[1:]]))
+        done = daemon.node.namespace.command(*command, env=kproxy_environment(), check=False)
+        return done.stdout.encode(), done.stderr.encode(), done.returncode
+
+    def log(self, pod: str) -> str:
+        """The end of a pod's log."""
+        return next(
+            d.process.log_end() for name, ds in self._daemons.items() for d in ds if pod == f"{name}-{d.node.name}"
+        )
+
+    def _daemon(self, name: str, node: Node, spec: Object, mounts: dict[str, Path]) -> _Daemon:
+        def flags(container: Object) -> list[str]:
+            return [mapped(flag.replace("$(NODE_NAME)", node.name), mounts) for flag in container["args"]]
+
+        for container in spec.get("initContainers", ()):
+            node.namespace.command(*kproxy_command(flags(container)), env=kproxy_environment())
+        container = spec["containers"][0]
+        process = ProxyProcess(node, flags(container), self._directory / f"{name}-{node.name}.log")
+        process.start()
+        return _Daemon(node, container, process, mounts)
+
+    def _mount(self, namespace: str, spec: Object) -> dict[str, Path]:
+        """Write the ConfigMaps that are mounted, and a service account. The directories by mount path."""
+        names = {volume["name"]: volume["configMap"]["name"] for volume in spec["volumes"] if "configMap" in volume}
+        paths = {m["mountPath"]: names[m["name"]] for m in spec["containers"][0]["volumeMounts"] if m["name"] in names}
+        mounts = {path: self._directory / f"mount-{name}" for path, name in paths.items()}
+        mounts[_SECRETS] = self._directory / "mount-secrets"
+        files = {_SECRETS: {"token": "lab", "ca.crt": "none"}}
+        for path, name in paths.items():
+            files[path] = self._store.get(CONFIG_MAPS, Key(namespace, name))["data"]
+        for path, directory in mounts.items():
+            directory.mkdir(exist_ok=True)
+            for name, text in files[path].items():
+                (directory / name).write_text(mapped(text, mounts))
+        return mounts
+
+    def _roll(self, key: Key) -> None:
+        for daemon in self._daemons[key.name]:
+            daemon.process.stop()
+            daemon.process.start()
+            while not daemon.ready and not self._closed.wait(_POLL_SECONDS):
+                pass
+            daemon.updated = True
+
+    def _follow(self) -> None:
+        while not self._closed.wait(_POLL_SECONDS):
+            with self._lock:
+                for key in list(self._store.tables[DAEMON_SETS].objects):
+                    if key.name in self._daemons:
+                        self._show(key)
+
+    def _show(self, key: Key) -> None:
+        daemons = self._daemons[key.name]
+        ready = sum(daemon.ready for daemon in daemons)
+        counts = {"desiredNumberScheduled": len(daemons), "currentNumberScheduled": len(daemons)}
+        counts |= {"updatedNumberScheduled": sum(daemon.updated for daemon in daemons)}
+        counts |= {"numberReady": ready, "numberAvailable": ready}
+        try:
+            self._store.patch(DAEMON_SETS, key, {"status": counts})
+        except ApiError:
+            pass  # deleted meanwhile
+
+
+def mapped(text: str, mounts: dict[str, Path]) -> str:
+    """A text with directories in the place of mount paths."""
+    for path, directory in mounts.items():
+        text = text.replace(path, str(directory))
+    return text

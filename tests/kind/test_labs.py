@@ -1,0 +1,104 @@
+"""kind/e2e, with the real kubectl, on the cluster lab: real kproxy processes, real packets, pods as namespaces."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.kind.kubernetes import SYSTEM, Kubernetes
+from tests.lab.apiserver_store import Key
+from tests.lab.cluster import Cluster
+
+KIND = Path(__file__).resolve().parents[2] / "kind"
+LABS = (
+    "nodeport",
+    "clusterip",
+    "deletion",
+    "convert",
+    "loadbalancer",
+    "externalname",
+    "headless",
+    "affinity",
+    "readiness",
+    "cleanup",
+)
+
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("kubectl"), reason="no kubectl on this machine"),
+    pytest.mark.skipif("KUBEBUILDER_ASSETS" in os.environ, reason="a real API server alone runs no pods"),
+]
+
+
+@pytest.fixture(scope="module")
+def kubernetes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubernetes]:
+    with Cluster(2) as cluster, Kubernetes(cluster, tmp_path_factory.mktemp("kubernetes")) as kubernetes:
+        kubernetes.deploy_kproxy()
+        yield kubernetes
+
+
+def e2e(kubernetes: Kubernetes, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = kubernetes.environment() | variables
+    command = (KIND / "e2e", *arguments)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize("lab", LABS)
+def test_a_lab_passes_where_services_work_and_leaves_nothing(kubernetes: Kubernetes, lab: str) -> None:
+    done = e2e(kubernetes, "--lab", lab)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "✓" in done.stdout
+    assert "✗" not in done.stdout
+    assert "1 of 1 labs passed" in done.stdout
+    assert [service["metadata"]["name"] for service in kubernetes.api.objects("Service")] == ["kube-dns"]
+
+
+def test_every_lab_is_tried_here() -> None:
+    listed = subprocess.run([KIND / "e2e", "--help"], capture_output=True, text=True, check=True).stdout
+    choices = listed.partition("{")[2].partition("}")[0]
+    assert choices.replace("\n", "").replace(" ", "").split(",") == list(LABS)
+
+
+def test_a_lab_is_kept_on_request_and_made_anew_the_next_time(kubernetes: Kubernetes) -> None:
+    assert e2e(kubernetes, "--lab", "clusterip", "--keep").returncode == 0
+    kept = kubernetes.api.get("Service", "web", "kproxy-e2e-clusterip")
+    assert e2e(kubernetes, "--lab", "clusterip", "--keep").returncode == 0
+    assert kubernetes.api.get("Service", "web", "kproxy-e2e-clusterip")["metadata"]["uid"] != kept["metadata"]["uid"]
+    assert e2e(kubernetes, "--lab", "clusterip").returncode == 0
+
+
+def test_pages_that_nobody_can_tell_apart_are_refused(kubernetes: Kubernetes) -> None:
+    done = e2e(kubernetes, "--lab", "clusterip", E2E_HTTPD_IMAGE="registry.test/nginx:2")
+    assert done.returncode == 1
+    assert "httpd and nginx show the same page" in done.stdout
+
+
+def test_a_lab_fails_and_says_why_where_no_proxy_follows(kubernetes: Kubernetes) -> None:
+    """Ends kproxy, so it is the last but one."""
+    kubernetes.daemon_sets.freeze("kproxy")
+    done = e2e(kubernetes, "--lab", "clusterip")
+    assert done.returncode == 1
+    assert "✗ both answer at the ClusterIP" in done.stdout
+    assert "was answered by nobody 3×" in done.stdout
+    assert "kproxy on node-1, a dry run:\nnftables mode, node node-1:" in done.stdout
+    assert "Service kproxy-e2e-clusterip/web" in done.stdout  # what the dry run would add
+    assert "failed: clusterip" in done.stdout
+
+
+def test_nothing_is_tried_where_there_is_no_kproxy(kubernetes: Kubernetes) -> None:
+    kubernetes.daemon_sets.deleted(Key(SYSTEM, "kproxy"))
+    done = e2e(kubernetes)
+    assert done.returncode == 2
+    assert '"kproxy" not found' in done.stdout
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "python3").symlink_to(sys.executable)
+    done = subprocess.run([KIND / "e2e"], env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "kubectl is missing on this machine" in done.stdout
