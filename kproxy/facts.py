@@ -9,6 +9,7 @@ from kproxy.config.defaults import mode_settings
 from kproxy.config.errors import ConfigError
 from kproxy.config.local_detectors import local_detectors
 from kproxy.config.v1alpha1 import Configuration, ProxyMode
+from kproxy.dataplane.ipvs.addresses import usable
 from kproxy.model import DetectLocalMode, Family, NodeFacts
 from kproxy.node_addresses import is_loopback, matching, node_port_cidrs, node_port_warning, primary_node_ips
 
@@ -31,6 +32,7 @@ class Facts:
         large_families: Callable[[], frozenset[Family]] = frozenset,
     ) -> None:
         self._configuration = configuration
+        self._mode = mode
         self._settings = mode_settings(configuration, mode)
         self._families = tuple(families)
         self._state = state
@@ -69,10 +71,17 @@ class Facts:
                 for family, cidrs in chosen.items()
             },
             service_cidrs={family: self._state.service_cidrs(family) for family in self._families},
+            addresses=self._addresses_of(addresses),
             large_families=self._large_families(),
             masquerade_all=self._settings.masquerade_all,
             masquerade_bit=self._settings.masquerade_bit,
         )
+
+    def _addresses_of(self, addresses: frozenset[str]) -> dict[Family, tuple[str, ...]]:
+        """Only ipvs mode needs to know them all."""
+        if self._mode is not ProxyMode.IPVS:
+            return {}
+        return {family: usable(addresses, family) for family in self._families}
 
     def _warn_once(self, text: str) -> None:
         if text and text != self._warned:

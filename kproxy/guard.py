@@ -21,7 +21,7 @@ class Guarded(Observer):
         self._mode = mode
         self._touched = touched
         self._watch: Watch | None = None
-        self._safe = False
+        self._safe = False  # or not to be watched
 
     def start(self) -> None:
         """Begin, if there is something to watch already. Raises OSError."""
@@ -40,6 +40,9 @@ class Guarded(Observer):
 
     def _begin(self) -> None:
         self._watch = watch = self._mode.watch()
+        if watch is None:
+            self._safe = True
+            return
 
         def follow() -> None:
             try:

@@ -31,10 +31,14 @@ CONNTRACK_RETRY_SECONDS = 30.0
 
 
 class Logged(Observer):
-    """Says what syncs did: everything at info for a full one, the rest at debug."""
+    """Says what syncs did: the first full one, and those that found something to do, at info, the rest at debug."""
+
+    def __init__(self) -> None:
+        self._began = False
 
     def sync_done(self, report: SyncReport, seconds: float) -> None:
-        say = log.info if report.full else log.debug
+        say = log.info if report.full and (report.changes or not self._began) else log.debug
+        self._began = True
         say(
             "compared everything with the kernel" if report.full else "synced",
             services=len(report.services),

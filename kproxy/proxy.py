@@ -22,7 +22,6 @@ from kproxy.reconcile import Reconciler, SyncReport
 log = structlog.get_logger(__name__)
 
 FIRST_RETRY_SECONDS = 0.5
-VERIFY_SECONDS = 3600.0  # compare with the kernel although nothing seems to have happened
 QUARANTINE_RETRY_SECONDS = 300.0
 NODE_PATIENCE_SECONDS = 30.0  # how long to wait for the lists of Nodes and ServiceCIDRs before going on without
 FACTS_PATIENCE_SECONDS = 300.0  # how long to wait for what the node's facts depend on (pod CIDRs)
@@ -34,10 +33,12 @@ class StartError(Exception):
 
 class Pace(msgspec.Struct, frozen=True):
     """How often to sync, in seconds: at least `minimum` between the end of one and the start of the next; after a
-    failure again with growing delays up to `retry`."""
+    failure again with growing delays up to `retry`; and a comparison with the kernel every `verify`, although nothing
+    seems to have happened."""
 
     minimum: float = 0.0
     retry: float = 30.0
+    verify: float = 3600.0
 
 
 class Observer:
@@ -95,7 +96,7 @@ class Proxy:
         self._has_facts = False
         self._earliest = 0.0
         self._failures = 0
-        self._verify_at = clock() + VERIFY_SECONDS
+        self._verify_at = clock() + pace.verify
         self._quarantine_retry_at: float | None = None
         self._wanted = False
 
@@ -208,7 +209,7 @@ class Proxy:
                 raise StartError(f"waited {FACTS_PATIENCE_SECONDS:.0f} s for {what}, in vain")
             return False
         if now >= self._verify_at:
-            self._verify_at = now + VERIFY_SECONDS
+            self._verify_at = now + self._pace.verify
             self._reconciler.doubt()
         if self._quarantine_retry_at is not None and now >= self._quarantine_retry_at:
             self._quarantine_retry_at = now + QUARANTINE_RETRY_SECONDS

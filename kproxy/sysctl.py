@@ -136,5 +136,5 @@ def set_oom_score_adjustment(value: int, root: Path = Path("/")) -> None:
     """
     try:
         apply([Setting("proc/self/oom_score_adj", value)], root)
-    except SysctlError as e:
-        log.warning("the OOM score stays as it is", error=str(e))
+    except SysctlError:
+        log.warning("the OOM score stays as it is; to lower it takes CAP_SYS_RESOURCE", wanted=value)

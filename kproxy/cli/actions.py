@@ -15,6 +15,7 @@ from kproxy.dataplane.base import ApplyError, UnsupportedError
 from kproxy.explain import Action, Node, Packet, explain
 from kproxy.model import Family, Protocol, canonical_address
 from kproxy.modes.iptables import Iptables
+from kproxy.modes.ipvs import Ipvs
 from kproxy.modes.remains import Succession, places
 from kproxy.node_addresses import local_addresses, supported_families
 from kproxy.observers import Cleaned, Logged
@@ -46,8 +47,13 @@ def initialise(configuration: Configuration) -> None:
 def init_only(invocation: Invocation) -> None:
     """Do what needs more than CAP_NET_ADMIN, for a proxy that has no more. Raises what the start of one raises."""
     initialise(invocation.configuration)
-    if invocation.configuration.mode is ProxyMode.IPTABLES:
-        Iptables(invocation.configuration, supported_families(), writes=True).open_localhost()
+    match invocation.configuration.mode:
+        case ProxyMode.IPTABLES:
+            Iptables(invocation.configuration, supported_families(), writes=True).open_localhost()
+        case ProxyMode.IPVS:
+            Ipvs(invocation.configuration, invocation.settings, supported_families(), writes=True).close()
+        case _:
+            pass
 
 
 def sync_once(invocation: Invocation) -> int:
@@ -71,8 +77,13 @@ def dry_run(invocation: Invocation, *, as_json: bool, color: bool) -> int:
     gather(parts, source(invocation)[0])
     differences = parts.reconciler.plan()
     dataplane = parts.opened.dataplane
-    found = (place() for place in places(parts.families, but=parts.mode))
-    remains = [what for what in found if what]
+    remains = []
+    for place in places(parts.families, but=parts.mode):
+        try:
+            if found := place():
+                remains.append(found)
+        except (UnsupportedError, OSError) as error:
+            log.warning("cannot tell what another mode left", error=str(error))
     mode, node = parts.mode.value, parts.state.node_name
     if as_json:
         print(difference.as_json(differences, remains, dataplane, mode=mode, node=node))

@@ -19,11 +19,13 @@ from kproxy.config.defaults import with_mode
 from kproxy.config.errors import ConfigError
 from kproxy.config.v1alpha1 import Configuration, ProxyMode
 from kproxy.dataplane.base import UnsupportedError
+from kproxy.dataplane.ipvs.names import DEVICE
 from kproxy.dataplane.nftables.kernel import COUNTED_ENDPOINTS
 from kproxy.facts import Facts
 from kproxy.model import Family, NodeFacts
 from kproxy.modes.base import Mode
 from kproxy.modes.iptables import Iptables
+from kproxy.modes.ipvs import Ipvs
 from kproxy.modes.nftables import Nftables
 from kproxy.modes.remains import in_place
 from kproxy.node_addresses import local_addresses, supported_families
@@ -65,7 +67,7 @@ def open_mode(invocation: Invocation, families: Sequence[Family], *, writes: boo
                 raise
             log.warning("nftables mode, the default, is not possible here; taking iptables mode", reason=str(error))
     if mode is ProxyMode.IPVS:
-        raise UnsupportedError(f"proxy mode {mode.value} is not available in this version; use nftables or iptables")
+        return mode, Ipvs(invocation.configuration, invocation.settings, families, writes=writes)
     configuration = with_mode(invocation.configuration, ProxyMode.IPTABLES)
     return ProxyMode.IPTABLES, Iptables(configuration, families, writes=writes)
 
@@ -90,11 +92,16 @@ class Machine(msgspec.Struct):
     reconciler: Reconciler
 
 
+def _own_addresses() -> frozenset[str]:
+    """This node's addresses, without those that belong to Services."""
+    return local_addresses(exclude=DEVICE)
+
+
 def machine(
     invocation: Invocation,
     *,
     writes: bool,
-    addresses: Callable[[], frozenset[str]] = local_addresses,
+    addresses: Callable[[], frozenset[str]] = _own_addresses,
 ) -> Machine:
     """Everything but the source. `writes`: make ready for writing, and try first whether the kernel can do it.
 

@@ -209,6 +209,20 @@ GROUPS = (
                 ("ipvs.tcpFinTimeout",),
             ),
             Flag("ipvs-udp-timeout", DURATION, "timeout of UDP; 0: as it is", ("ipvs.udpTimeout",)),
+            Flag(
+                "ipvs-drain-timeout",
+                DURATION,
+                "how long an endpoint that left may keep its TCP connections",
+                own_field="ipvs.drainTimeout",
+                with_config=True,
+            ),
+            Flag(
+                "ipvs-stock-local-fallback",
+                BOOL,
+                "as kube-proxy: policy Local without a local endpoint sends traffic to other nodes",
+                own_field="ipvs.stockLocalFallback",
+                with_config=True,
+            ),
         ),
     ),
     Group(

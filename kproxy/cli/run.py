@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
+import msgspec
 import structlog
 
 from kproxy import __version__, events, logs
@@ -16,10 +17,11 @@ from kproxy.cli import actions
 from kproxy.cli.assembly import Machine, machine, source
 from kproxy.cli.invocation import Invocation
 from kproxy.cli.reload import ConfigurationFile
-from kproxy.config.defaults import advice, mode_settings
+from kproxy.config.defaults import ModeSettings, advice, mode_settings
 from kproxy.config.feature_gates import FEATURE_GATES, Stage
-from kproxy.config.v1alpha1 import to_v1alpha1
+from kproxy.config.v1alpha1 import ProxyMode, to_v1alpha1
 from kproxy.config.validation import KUBERNETES_VERSION
+from kproxy.dataplane.ipvs.names import DEVICE
 from kproxy.events import EventRecorder
 from kproxy.guard import Guarded
 from kproxy.health.proxy import ProxyHealth, probe_handler
@@ -48,7 +50,7 @@ class _Addresses:
 
     def __init__(self) -> None:
         self.changed: Callable[[], None] = lambda: None
-        self._monitor = AddressMonitor(self._on_change)
+        self._monitor = AddressMonitor(self._on_change, exclude=DEVICE)
         self._now = self._monitor.start()
 
     def __call__(self) -> frozenset[str]:
@@ -74,6 +76,12 @@ def run(invocation: Invocation, argv: Sequence[str]) -> int:
         log.warning(line)
     log.info("starting", version=__version__, mode=parts.mode.value, node=parts.state.node_name)
     return _Running(invocation, argv, parts, addresses).run()
+
+
+def _pace(settings: ModeSettings, mode: ProxyMode) -> Pace:
+    pace = Pace(settings.min_sync_period.seconds, settings.sync_period.seconds)
+    # IPVS tells nobody of changes.
+    return msgspec.structs.replace(pace, verify=pace.retry) if mode is ProxyMode.IPVS else pace
 
 
 class _Thrifty(Observer):
@@ -118,7 +126,7 @@ class _Running:
             parts.reconciler,
             facts=parts.facts,
             observers=self._observers(),
-            pace=Pace(settings.min_sync_period.seconds, settings.sync_period.seconds),
+            pace=_pace(settings, parts.mode),
         )
 
     def _observers(self) -> list[Observer]:

@@ -194,10 +194,18 @@ class ServiceMetrics(Section, frozen=True):
     limit: Int32 = 1000
 
 
+class OwnIPVS(Section, frozen=True):
+    """`ipvs` of kproxy's own settings."""
+
+    drain_timeout: Duration = Duration(15 * _MINUTE)  # for the connections of an endpoint that left; 0: none
+    stock_local_fallback: bool = False  # policy Local sends traffic elsewhere if no endpoint is on this node
+
+
 class KproxyConfiguration(Section, frozen=True):
     """`KproxyConfiguration` (kproxy.dev/v1alpha1): what kube-proxy has no setting for."""
 
     service_metrics: ServiceMetrics = ServiceMetrics()
+    ipvs: OwnIPVS = OwnIPVS()
     manifests: str = ""  # file or directory that takes the place of the API server; "": none
 
 
@@ -214,6 +222,7 @@ POINTER_FIELDS = frozenset(
         "conntrack.tcpCloseWaitTimeout",
         "serviceMetrics.enabled",
         "serviceMetrics.limit",
+        "ipvs.drainTimeout",
     }
 )
 

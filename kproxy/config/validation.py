@@ -27,7 +27,10 @@ def validate(config: Configuration, unread: frozenset[str] = frozenset()) -> lis
 
 def validate_settings(settings: KproxyConfiguration) -> list[FieldError]:
     """The same for kproxy's own settings."""
-    return list(_at_least_zero("serviceMetrics.limit", settings.service_metrics.limit))
+    return [
+        *_at_least_zero("serviceMetrics.limit", settings.service_metrics.limit),
+        *_at_least_zero("ipvs.drainTimeout", settings.ipvs.drain_timeout),
+    ]
 
 
 def _broken_rules(config: Configuration, unread: frozenset[str]) -> Iterator[FieldError]:

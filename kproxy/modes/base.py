@@ -46,8 +46,11 @@ class Mode(Protocol):
     def is_exposed(self) -> bool:
         """Whether there is something of ours in the kernel that others may change, so that it must be watched."""
 
-    def watch(self) -> Watch:
-        """A watch for foreign changes from now on, or since the kernel was last read. Raises OSError."""
+    def watch(self) -> Watch | None:
+        """A watch for foreign changes from now on, or since the kernel was last read. Raises OSError.
+
+        None: nothing tells of changes, so that comparing now and then must do.
+        """
 
     def close(self) -> None:
         """Let go of the kernel; what is there stays in force."""

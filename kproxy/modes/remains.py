@@ -14,7 +14,11 @@ from kproxy.dataplane.base import ApplyError, Change, Key, UnsupportedError, Val
 from kproxy.dataplane.iptables import cleanup
 from kproxy.dataplane.iptables import describe as iptables_describe
 from kproxy.dataplane.iptables.commands import Variant
+from kproxy.dataplane.iptables.entries import BlockKey, ChainKey, JumpKey
 from kproxy.dataplane.iptables.variant import contents
+from kproxy.dataplane.ipvs import cleanup as ipvs_cleanup
+from kproxy.dataplane.ipvs import describe as ipvs_describe
+from kproxy.dataplane.ipvs.jumps import CHAINS, JUMPS, OWN
 from kproxy.dataplane.nftables import describe as nftables_describe
 from kproxy.dataplane.nftables.kernel import NftablesKernel
 from kproxy.dataplane.nftables.ruleset import TableKey
@@ -44,6 +48,10 @@ def places(families: Sequence[Family], but: ProxyMode | None = None) -> Iterator
     """
     if but is not ProxyMode.NFTABLES:
         yield _nftables
+    if but is not ProxyMode.IPVS:
+        for variant in Variant:
+            yield partial(_ipvs_rules, variant, families)
+        yield partial(_ipvs_servers, families)
     if but is not ProxyMode.IPTABLES:
         for variant in Variant:
             yield partial(_iptables, variant, families)
@@ -60,11 +68,42 @@ def _nftables() -> Remains | None:
     return Remains("nftables mode", changes, nftables_describe.describe, remove) if changes else None
 
 
+def _ipvs_rules(variant: Variant, families: Sequence[Family]) -> Remains | None:
+    changes = ipvs_cleanup.rules_left(variant, families)
+    remove = partial(ipvs_cleanup.remove_rules, variant, changes)
+    owner = f"ipvs mode, iptables' {variant} variant"
+    return Remains(owner, changes, ipvs_describe.describe, remove) if changes else None
+
+
+def _ipvs_servers(families: Sequence[Family]) -> Remains | None:
+    changes = ipvs_cleanup.servers_left(families)
+    remove = partial(ipvs_cleanup.remove_servers, changes)
+    return Remains("ipvs mode", changes, ipvs_describe.describe, remove) if changes else None
+
+
 def _iptables(variant: Variant, families: Sequence[Family]) -> Remains | None:
-    changes = cleanup.leftovers(variant, families)
+    # Some chains have the same names in ipvs mode; where that is in place they are its own.
+    ipvs = _families_of_ipvs(variant, families)
+    changes = cleanup.leftovers(variant, [family for family in families if family not in ipvs])
+    changes += [c for c in cleanup.leftovers(variant, ipvs) if not _is_ipvs_modes(c)]
     remove = partial(cleanup.remove, variant, families, changes)
     owner = f"iptables mode, {variant} variant"
     return Remains(owner, changes, iptables_describe.describe, remove) if changes else None
+
+
+def _families_of_ipvs(variant: Variant, families: Sequence[Family]) -> list[Family]:
+    held = {family for family, *where in contents(variant, families).chains if tuple(where) in OWN}
+    return [family for family in families if family in held]
+
+
+def _is_ipvs_modes(change: Change) -> bool:
+    match change.key:
+        case JumpKey(_, table, chain):
+            return any(jump.rule == change.old for jump in JUMPS if (jump.table, jump.chain) == (table, chain))
+        case ChainKey(_, table, chain) | BlockKey(_, table, chain):
+            return (table, chain) in CHAINS
+        case _:
+            return False
 
 
 def in_place(families: Sequence[Family]) -> ProxyMode | None:
@@ -73,6 +112,8 @@ def in_place(families: Sequence[Family]) -> ProxyMode | None:
         tables = {type(key) for key in kernel.tables()}
     if TableKey in tables:
         return ProxyMode.NFTABLES
+    if any(_families_of_ipvs(variant, families) for variant in Variant):
+        return ProxyMode.IPVS
     if any(contents(variant, families).ours for variant in Variant):
         return ProxyMode.IPTABLES
     return ProxyMode.NFTABLES if tables else None
@@ -92,6 +133,7 @@ class Succession(Observer):
         self._mode = mode
         self._wait = wait or threading.Event().wait  # for something that never happens
         self._begun = False
+        self._told: set[str] = set()
 
     def sync_done(self, report: SyncReport, seconds: float) -> None:  # noqa: ARG002 - an observer's signature
         """See `kproxy.proxy.Observer`."""
@@ -115,4 +157,6 @@ class Succession(Observer):
                     found.remove()
                     log.info("removed what another mode left", mode=found.owner, entries=len(found.changes))
             except (ApplyError, UnsupportedError, OSError) as error:
-                log.warning("what another mode left stays for now", error=str(error))
+                if str(error) not in self._told:
+                    self._told.add(str(error))
+                    log.warning("what another mode left stays for now", error=str(error))

@@ -35,10 +35,6 @@ def test_version_and_help_need_no_machine():
         (["--dryrun"], "unknown flag: --dryrun (did you mean --dry-run?)"),
         (["start"], 'unexpected argument "start"'),
         (["--once", "--cleanup"], "--cleanup and --once cannot be combined"),
-        (
-            ["--proxy-mode=ipvs", "--once", NOWHERE],
-            "proxy mode ipvs is not available in this version; use nftables or iptables",
-        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -128,6 +128,14 @@ DIRECTING = [
         "--service-metrics-limit=5",
         {"settings": replaced(KproxyConfiguration(), "serviceMetrics.limit", 5)},
     ),
+    (
+        "--ipvs-drain-timeout=1m",
+        {"settings": replaced(KproxyConfiguration(), "ipvs.drainTimeout", seconds(60))},
+    ),
+    (
+        "--ipvs-stock-local-fallback",
+        {"settings": replaced(KproxyConfiguration(), "ipvs.stockLocalFallback", True)},
+    ),
 ]
 
 

@@ -171,8 +171,12 @@ def _blocks(family: Family, table: Table, chain: str, rules: Sequence[AnyRule]) 
     at_the_end = False
     for rule in rules:
         at_the_end = at_the_end or rule.target == TAIL
-        service_port = "" if at_the_end else _service_port(rule)
-        blocks[service_port, rule.protocol if service_port else ""].append(rule)
+        service_port = _service_port(rule)
+        owner = (service_port, rule.protocol if service_port else "")
+        # A second copy counts with the first: a rule is deleted by what it says, and so the first one would go.
+        if at_the_end and rule not in blocks.get(owner, ()):
+            owner = ("", "")
+        blocks[owner].append(rule)
     return {BlockKey(family, table, chain, *owner): tuple(block) for owner, block in blocks.items()}
 
 

@@ -21,6 +21,7 @@ from kproxy.dataplane.iptables.entries import DISPATCH, FIXED
 from kproxy.dataplane.iptables.names import SERVICE_PREFIXES
 from kproxy.dataplane.iptables.restore import TABLES
 from kproxy.dataplane.nftables.expressions import NFPROTO
+from kproxy.dataplane.nftables.features import has_tables
 from kproxy.dataplane.nftables.nfnetlink import Msg, NetlinkSocket, parsed, text
 from kproxy.model import Family
 from kproxy.netlink import DumpInterruptedError
@@ -74,8 +75,9 @@ def find(families: Sequence[Family]) -> Variant:
     elif held[Variant.LEGACY].rules > held[Variant.NFT].rules:
         chosen, why = Variant.LEGACY, "this machine's rules are there"
     else:
-        chosen = Variant.LEGACY if absent[Variant.NFT] else Variant.NFT
-        why = "it is the usual one"
+        possible = not absent[Variant.NFT] and has_tables(families)
+        chosen = Variant.NFT if possible else Variant.LEGACY
+        why = "it is the usual one" if possible else "the other is not possible here"
     if absent[chosen]:
         raise UnsupportedError(
             f"iptables mode: {', '.join(absent[chosen])} missing, for the {chosen} variant of iptables; {why}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kproxy.dataplane.iptables import entries
 from kproxy.dataplane.iptables import names as shared
 from kproxy.dataplane.iptables.jumps import BuiltInJump
 from kproxy.dataplane.iptables.names import Table
@@ -49,3 +50,7 @@ BUILT_IN: frozenset[tuple[Table, str]] = frozenset((jump.table, jump.chain) for 
 def jumps_from(table: Table, chain: str) -> list[BuiltInJump]:
     """Those of one built-in chain, from the top."""
     return [jump for jump in JUMPS if jump.table == table and jump.chain == chain]
+
+
+# What iptables mode does not have under the same name.
+OWN = frozenset(CHAINS) - entries.DISPATCH - entries.FIXED

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from typing import NamedTuple
 
 from kproxy.dataplane.base import UnsupportedError
@@ -57,6 +58,17 @@ def probe(socket: NetlinkSocket, families: Sequence[Family]) -> Features:
         owner=not _try(socket, family, [owned]),
         destroy=not _try(socket, family, [plain, structure.new_set(addresses, counted=False), *absent]),
     )
+
+
+def has_tables(families: Iterable[Family]) -> bool:
+    """Whether the kernel has nf_tables for all of these. Leaves no trace. Raises PermissionError."""
+    with closing(NetlinkSocket()) as socket:
+        for family in families:
+            for error in _try(socket, family, [structure.new_table(family, 0, Flag.CREATE)]):
+                if error.errno == errno.EPERM:
+                    raise PermissionError(error.errno, "reading nf_tables is not permitted")
+                return False
+    return True
 
 
 def _try(socket: NetlinkSocket, family: Family, messages: Iterable[Message]) -> list[MessageError]:
