@@ -10,10 +10,12 @@ from pathlib import Path
 import structlog
 
 from kproxy.api.inotify import LONGEST_SETTLE_SECONDS, Inotify, way_to
+from kproxy.cli.actions import initialise
 from kproxy.cli.assembly import open_mode
 from kproxy.cli.invocation import Invocation, UsageError, parse
 from kproxy.dataplane.base import UnsupportedError
 from kproxy.node_addresses import supported_families
+from kproxy.sysctl import SysctlError
 
 log = structlog.get_logger(__name__)
 
@@ -74,10 +76,11 @@ class ConfigurationFile:
             wanted = parse(self._argv)
             differs = _meaning(wanted) != _meaning(self._running)
             if differs:
+                initialise(wanted.configuration)
                 open_mode(wanted, supported_families(), writes=True)[1].close()
         except UsageError as error:
             problems = list(error.problems)
-        except (UnsupportedError, OSError) as error:
+        except (SysctlError, UnsupportedError, OSError) as error:
             problems = [str(error)]
         if problems and problems != self._problems:
             log.error(
