@@ -114,8 +114,10 @@ class IpvsInUml:
         if not items or session.config.option.collectonly:
             return
         self._total = len(items)
+        option = session.config.option
+        coverage = bool(getattr(option, "cov_source", None)) and not option.no_cov  # pytest-cov's, if it is there
         try:
-            self._inner = InnerPytest(items, coverage=bool(getattr(session.config.option, "cov_source", None)))
+            self._inner = InnerPytest(items, coverage=coverage)
         except uml.UnavailableError as error:
             reason = f"the kernel has no IPVS, and {error}"
             if os.environ.get("CI") == "true":

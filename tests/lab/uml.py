@@ -41,6 +41,7 @@ _LOADED = (
 # Modules are found through a link in /run, since /lib/modules of the host is not ours to change; MODPROBE_OPTIONS says
 # so to whoever runs modprobe, the sysctl to the kernel. Inside a user namespace of the host root's programs are not
 # root's, and those with the setuid bit (mount!) would lose their rights by it, so the bit must not count.
+# The command gets a session of its own: the first process's group is 0, which kill() takes for the caller's own.
 _INIT = """\
 #!/bin/sh
 . {shared}/environment
