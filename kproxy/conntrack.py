@@ -27,6 +27,7 @@ from kproxy.netlink import DumpInterruptedError, NetlinkSocket, Request, attribu
 
 _NETLINK_NETFILTER = 12
 _GET, _DELETE = 1 << 8 | 1, 1 << 8 | 2  # NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_*
+_GET_STATISTICS = 1 << 8 | 4  # IPCTNL_MSG_CT_GET_STATS_CPU
 _ORIGINAL, _REPLY, _ID, _ZONE, _FILTER = 1, 2, 12, 18, 25  # CTA_*
 _TUPLE_IP, _TUPLE_PROTO, _TUPLE_ZONE = 1, 2, 3  # CTA_TUPLE_*
 _NUMBER, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3  # CTA_PROTO_*
@@ -43,6 +44,19 @@ class ConntrackError(Exception):
     def __init__(self, message: str, deleted: int) -> None:
         super().__init__(message)
         self.deleted = deleted
+
+
+def load_module() -> None:
+    """Have the kernel load connection tracking, if that is a module which nobody has used yet.
+
+    It does so when it is asked for what the module has to tell. Where it cannot, who needs the module will say so.
+    """
+    header = struct.pack("=BBH", socket.AF_UNSPEC, 0, 0)  # nfgenmsg
+    try:
+        with NetlinkSocket(_NETLINK_NETFILTER) as kernel:
+            list(kernel.dump(Request(_GET_STATISTICS, header)))
+    except OSError:
+        pass
 
 
 class UDPService(msgspec.Struct, frozen=True):

@@ -11,6 +11,7 @@ from kproxy.cli import difference
 from kproxy.cli.assembly import gather, machine, source
 from kproxy.cli.invocation import Invocation, UsageError
 from kproxy.config.v1alpha1 import Configuration, ProxyMode
+from kproxy.conntrack import load_module
 from kproxy.dataplane.base import ApplyError, UnsupportedError
 from kproxy.explain import Action, Node, Packet, explain
 from kproxy.model import Family, Protocol, canonical_address
@@ -39,6 +40,7 @@ def conntrack_limits(configuration: Configuration) -> sysctl.ConntrackLimits:
 
 def initialise(configuration: Configuration) -> None:
     """Write the sysctls that the configuration asks for. Raises SysctlError."""
+    load_module()
     settings = sysctl.conntrack_settings(conntrack_limits(configuration), sysctl.host_cpus())
     for setting in sysctl.apply(settings):
         log.info("set", file=f"/{setting.path}", value=setting.value)
