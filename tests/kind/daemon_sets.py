@@ -99,6 +99,11 @@ class DaemonSets:
                 self._store.delete(PODS, Key(key.namespace, f"{key.name}-{daemon.node.name}"))
             self._store.delete(DAEMON_SETS, key)
 
+    def processes(self, name: str) -> list[ProxyProcess]:
+        """Its processes."""
+        with self._lock:
+            return [daemon.process for daemon in self._daemons[name]]
+
     def freeze(self, name: str) -> None:
         """End its processes while its pods stay: nobody follows any more."""
         with self._lock:

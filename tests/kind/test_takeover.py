@@ -1,0 +1,230 @@
+"""kind/up and kind/takeover with the real kubectl: manifests are applied, kproxy runs as they say, packets flow."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kind.fakes import Fakes
+from tests.kind.kubernetes import SYSTEM, Kubernetes
+from tests.kind.resources import CONFIG_MAPS, DAEMON_SETS
+from tests.lab.apiserver_store import Key
+from tests.lab.cluster import API_ADDRESS, Cluster
+from tests.lab.cluster_objects import service
+
+KIND = Path(__file__).resolve().parents[2] / "kind"
+ADDRESS = "10.96.0.80"
+CONFIG = """\
+apiVersion: kubeproxy.config.k8s.io/v1alpha1
+kind: KubeProxyConfiguration
+mode: {mode}
+clusterCIDR: 10.244.0.0/16
+clientConnection:
+  kubeconfig: /var/lib/kube-proxy/kubeconfig.conf
+conntrack:
+  maxPerCore: 0
+"""
+KUBECONFIG = f"""\
+apiVersion: v1
+kind: Config
+clusters:
+- cluster:
+    certificate-authority: /var/run/secrets/kubernetes.io/serviceaccount/ca.crt
+    server: http://{API_ADDRESS}:6443
+  name: default
+contexts:
+- context:
+    cluster: default
+    user: default
+  name: default
+current-context: default
+users:
+- name: default
+  user:
+    tokenFile: /var/run/secrets/kubernetes.io/serviceaccount/token
+"""
+
+Object = dict[str, Any]
+
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("kubectl"), reason="no kubectl on this machine"),
+    pytest.mark.skipif("KUBEBUILDER_ASSETS" in os.environ, reason="a real API server alone runs no pods"),
+]
+
+
+@pytest.fixture
+def kubernetes(tmp_path: Path) -> Iterator[Kubernetes]:
+    """Two nodes of a kind cluster named kproxy, and a Service with a pod on the first node."""
+    directory = tmp_path / "kubernetes"
+    directory.mkdir()
+    with Cluster(2) as cluster, Kubernetes(cluster, directory) as kubernetes:
+        for node in cluster.nodes:
+            cluster.api.patch("Node", node.name, {"spec": {"providerID": f"kind://docker/kproxy/{node.name}"}})
+            ready = {"conditions": [{"type": "Ready", "status": "True"}]}
+            cluster.api.patch("Node", node.name, {"status": ready})
+        config_map(kubernetes, "kube-public", "cluster-info", kubeconfig=KUBECONFIG)
+        joined = "networking:\n  podSubnet: 10.244.0.0/16\n  serviceSubnet: 10.96.0.0/16\n"
+        config_map(kubernetes, SYSTEM, "kubeadm-config", ClusterConfiguration=joined)
+        cluster.run_pod("web-1", cluster.nodes[0], {"app": "web"})
+        cluster.apply(service("web", ADDRESS))
+        yield kubernetes
+
+
+def config_map(kubernetes: Kubernetes, namespace: str, name: str, **data: str) -> None:
+    files = {key.replace("_", "."): text for key, text in data.items()}
+    kubernetes.store.put(CONFIG_MAPS, {"metadata": {"name": name, "namespace": namespace}, "data": files})
+
+
+def run_kube_proxy(kubernetes: Kubernetes, mode: str) -> None:
+    """kube-proxy as kubeadm sets it up."""
+    config_map(kubernetes, SYSTEM, "kube-proxy", config_conf=CONFIG.format(mode=mode), kubeconfig_conf=KUBECONFIG)
+    labels = {"k8s-app": "kube-proxy"}
+    container = {
+        "name": "kube-proxy",
+        "image": "registry.k8s.io/kube-proxy:v1.36.0",
+        "args": ["--config=/var/lib/kube-proxy/config.conf", "--hostname-override=$(NODE_NAME)"],
+        "volumeMounts": [{"name": "kube-proxy", "mountPath": "/var/lib/kube-proxy"}],
+    }
+    volumes = [{"name": "kube-proxy", "configMap": {"name": "kube-proxy"}}]
+    template = {"metadata": {"labels": labels}, "spec": {"containers": [container], "volumes": volumes}}
+    strategy = {"type": "RollingUpdate"}
+    spec = {"selector": {"matchLabels": labels}, "template": template, "updateStrategy": strategy}
+    new = {"metadata": {"name": "kube-proxy", "namespace": SYSTEM, "labels": labels}, "spec": spec}
+    kubernetes.daemon_sets.created(kubernetes.store.create(DAEMON_SETS, new))
+    for daemon in kubernetes.daemon_sets.processes("kube-proxy"):
+        daemon.wait_until_synced()
+
+
+def run(script: str, *arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [KIND / script, *arguments], env=env, capture_output=True, text=True, timeout=180, check=False
+    )
+
+
+@contextmanager
+def traffic(kubernetes: Kubernetes) -> Iterator[Counter[str]]:
+    """One connection after the other to the Service from its other node, and what became of them."""
+    outcomes: Counter[str] = Counter()
+    over = threading.Event()
+    node = kubernetes.cluster.nodes[1]
+
+    def ask() -> None:
+        while not over.wait(0.01):
+            try:
+                outcomes[node.get(f"http://{ADDRESS}/", timeout=2).pod] += 1
+            except OSError as error:
+                outcomes[str(error)] += 1
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield outcomes
+    finally:
+        over.set()
+        thread.join()
+
+
+def daemon_sets(kubernetes: Kubernetes) -> set[str]:
+    return {key.name for key in kubernetes.store.tables[DAEMON_SETS].objects}
+
+
+def ruleset(kubernetes: Kubernetes) -> str:
+    node = kubernetes.cluster.nodes[1]
+    return node.exec("iptables-save") + node.exec("nft", "list", "tables")
+
+
+@pytest.fixture
+def fakes(tmp_path: Path) -> Fakes:
+    return Fakes(tmp_path)
+
+
+def environment(kubernetes: Kubernetes, fakes: Fakes, **more: str) -> dict[str, str]:
+    return kubernetes.environment() | fakes.environment(**more)
+
+
+@pytest.mark.parametrize("mode", ["nftables", "iptables"])
+def test_up_goes_from_nothing_to_a_cluster_that_works(kubernetes: Kubernetes, fakes: Fakes, mode: str) -> None:
+    fakes.has_images("kindest/node:v1.35.0", "kindest/node:v1.36.1")
+    done = run("up", "--mode", mode, env=environment(kubernetes, fakes))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert fakes.calls("make") == [f"make -C {KIND.parent} image IMAGE=kproxy:dev"]
+    assert fakes.calls("kind") == [
+        f"kind create cluster --name kproxy --config {KIND}/cluster.yaml --image kindest/node:v1.36.1",
+        "kind load docker-image --name kproxy kproxy:dev",
+    ]
+    assert f"{mode} mode, node node-1: nothing to change" in done.stdout
+    assert f"{mode} mode, node node-2: nothing to change" in done.stdout
+    assert kubernetes.cluster.nodes[1].get(f"http://{ADDRESS}/").pod == "web-1"
+
+
+def test_up_honours_the_variables_and_a_cluster_that_exists(
+    kubernetes: Kubernetes, fakes: Fakes, tmp_path: Path
+) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text(
+        "kind: Cluster\napiVersion: kind.x-k8s.io/v1alpha4\nnodes:\n- role: control-plane\n  image: mine:1\n"
+    )
+    fakes.has_images("registry.test:5000/kproxy:1", "kindest/node:v1.36.1")
+    fakes.has_clusters("kproxy")
+    settings = {"KPROXY_IMAGE": "registry.test:5000/kproxy:1", "KIND_CONFIG": str(config)}
+    done = run("up", env=environment(kubernetes, fakes, **settings))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert fakes.calls("make") == []
+    assert fakes.calls("kind") == [
+        "kind export kubeconfig --name kproxy",
+        "kind load docker-image --name kproxy registry.test:5000/kproxy:1",
+    ]
+    spec = kubernetes.store.get(DAEMON_SETS, Key(SYSTEM, "kproxy"))["spec"]["template"]["spec"]
+    images = {container["image"] for container in spec["containers"] + spec["initContainers"]}
+    assert images == {"registry.test:5000/kproxy:1"}
+
+
+@pytest.mark.parametrize("mode", ["", "nftables"])
+def test_takeover_and_the_way_back_lose_no_connection(kubernetes: Kubernetes, fakes: Fakes, mode: str) -> None:
+    run_kube_proxy(kubernetes, "iptables")
+    fakes.has_images("kproxy:dev")
+    with traffic(kubernetes) as outcomes:
+        done = run("takeover", *(["--mode", mode] if mode else []), env=environment(kubernetes, fakes))
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "kproxy has taken over on every node" in done.stdout
+        assert daemon_sets(kubernetes) == {"kproxy"}
+        assert ("KUBE-SERVICES" in ruleset(kubernetes)) == (mode != "nftables")
+        before = outcomes.total()
+
+        done = run("takeover", "--rollback", env=environment(kubernetes, fakes))
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert daemon_sets(kubernetes) == {"kube-proxy"}
+        assert "KUBE-SERVICES" in ruleset(kubernetes)
+        assert "table ip kproxy" not in ruleset(kubernetes)
+        for gone in "kproxy", "kproxy-takeover":
+            assert Key(SYSTEM, gone) not in kubernetes.store.tables[CONFIG_MAPS].objects
+    assert set(outcomes) == {"web-1"}
+    assert 20 < before < outcomes.total()
+
+
+def test_takeover_goes_on_where_it_was_interrupted(kubernetes: Kubernetes, fakes: Fakes) -> None:
+    run_kube_proxy(kubernetes, "iptables")
+    fakes.has_images("kproxy:dev")
+    assert run("takeover", env=environment(kubernetes, fakes)).returncode == 0
+    done = run("takeover", env=environment(kubernetes, fakes))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kube-proxy has gone already" in done.stdout
+
+
+def test_takeover_refuses_what_it_cannot_do(kubernetes: Kubernetes, fakes: Fakes) -> None:
+    done = run("takeover", env=environment(kubernetes, fakes))
+    assert done.returncode == 1
+    assert "there is no kube-proxy to take over from" in done.stderr
+    done = run("takeover", "--rollback", env=environment(kubernetes, fakes))
+    assert done.returncode == 1
+    assert "nothing to go back to" in done.stderr
+    assert daemon_sets(kubernetes) == set()
