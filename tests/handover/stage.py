@@ -82,6 +82,7 @@ class Stage:
     def __init__(self, variant: Variant, folder: Path) -> None:
         self.variant = variant
         self._folder = folder
+        folder.mkdir(exist_ok=True)
         self._closing = ExitStack()
         self._proxies: list[ProxyProcess] = []
         self.cluster = self._closing.enter_context(Cluster(2))
@@ -96,8 +97,7 @@ class Stage:
         )
         self.manifests = folder / "manifests.yaml"
         self.write_manifests()
-        for family, text in _FOREIGN.items():
-            self.restore(text, "--noflush", family=family)
+        self.restore_others("filter", "nat", "mangle")
         self.nft(_FOREIGN_NFT)
         self.others = self.rules()
 
@@ -196,6 +196,16 @@ class Stage:
         """Run iptables-restore as somebody else on the node would; without `--noflush` it replaces whole tables."""
         self.node.namespace.command(f"{_IPTABLES[family]}-{self.variant}-restore", "--wait", *flags, stdin=text)
 
+    def restore_others(self, *tables: str) -> None:
+        """Give kubelet, the container runtime and the others back what they have in tables of iptables."""
+        for family, text in _FOREIGN.items():
+            sections = [
+                found for found in re.findall(r"\*.*?COMMIT\n", text, re.DOTALL) if found[1:].startswith(tables)
+            ]
+            if "-j KUBE-FIREWALL" in self.saved(families=[family]):  # kproxy has brought that back already
+                sections = [re.sub(r".*KUBE-FIREWALL.*\n", "", section) for section in sections]
+            self.restore("".join(sections), "--noflush", family=family)
+
     def nft(self, text: str) -> str:
         """Run nft as somebody else on the node would."""
         return self.node.namespace.command("nft", "-f", "-", stdin=text).stdout
@@ -230,6 +240,11 @@ class Stage:
         """The chains of kube-proxy and kproxy in iptables."""
         chains = set(re.findall(r"^:(KUBE-\S+)", self.saved(variant=variant), re.MULTILINE))
         return chains - {"KUBE-FIREWALL", "KUBE-KUBELET-CANARY", "KUBE-IPTABLES-HINT"}
+
+    def endpoint_chain(self, pod: Pod) -> str:
+        """The chain that translates to a pod's IPv4 address."""
+        [chain] = re.findall(rf"^-A (KUBE-SEP-\S+) .*--to-destination {pod.ipv4}:80$", self.saved(), re.MULTILINE)
+        return str(chain)
 
     def is_gone(self, mode: ProxyMode) -> bool:
         """Whether nothing is left of a mode."""

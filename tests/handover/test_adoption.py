@@ -59,7 +59,7 @@ def test_only_what_is_wrong_is_written(stage: Stage):
         "COMMIT\n",
     )
     stage.restore("\n".join(lines), "--noflush")
-    [chain] = {rule.split()[0] for rule in before if f"{stage.pods[0].ipv4}:80" in rule and "DNAT" in rule}
+    chain = stage.endpoint_chain(stage.pods[0])
     stage.iptables("-t", "nat", "-D", chain, "1")
 
     stage.started(IPTABLES).stop()

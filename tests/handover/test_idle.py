@@ -1,0 +1,46 @@
+"""A kproxy in iptables mode that has nothing to do."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+from kproxy.config.v1alpha1 import ProxyMode
+from kproxy.dataplane.iptables.commands import Variant
+from tests.handover.stage import Stage
+from tests.lab.waiting import eventually
+
+SECONDS = 10
+
+
+def wake_ups(process: int) -> dict[str, int]:
+    """How often each thread has gone to sleep so far."""
+    found = {}
+    for task in Path(f"/proc/{process}/task").iterdir():
+        switches = re.search(r"^voluntary_ctxt_switches:\s*(\d+)", Path(task, "status").read_text(), re.MULTILINE)
+        assert switches
+        found[f"{task.name} {Path(task, 'comm').read_text().strip()}"] = int(switches[1])
+    return found
+
+
+def woken_in(seconds: float, *processes: int) -> list[dict[str, int]]:
+    """How often each thread of each process wakes up; those that do not are left out."""
+    before = [wake_ups(process) for process in processes]
+    time.sleep(seconds)
+    after = [wake_ups(process) for process in processes]
+    return [
+        {thread: count - then.get(thread, 0) for thread, count in now.items() if count != then.get(thread)}
+        for then, now in zip(before, after, strict=True)
+    ]
+
+
+def test_nothing_wakes_up_but_the_look_at_legacy_tables(tmp_path: Path):
+    with Stage(Variant.NFT, tmp_path / "nft") as nft, Stage(Variant.LEGACY, tmp_path / "legacy") as legacy:
+        processes = [stage.started(ProxyMode.IPTABLES).pid for stage in (nft, legacy)]
+        eventually(lambda: list(map(len, woken_in(1.2, *processes))) == [0, 1], "they have settled", seconds=20)
+        woken, looked = woken_in(SECONDS, *processes)
+
+    assert woken == {}
+    [looks] = looked.values()
+    assert looks <= 2 * SECONDS
