@@ -8,13 +8,13 @@ from kproxy.explain import Action, Explanation, Packet
 from kproxy.model import Endpoint, join_host_port
 from tests.lab.flows import Fate, Flow, Origin, Outcome
 from tests.lab.packets import Lab
+from tests.oracle.kernels import Explain
 
 # An endpoint out of eight that is allowed is missed by so many independent tries once in 10¹² times.
 TRIES = 250
 CONVERSATIONS = 4
+REFUSALS = {Action.DROP: Fate.DROPPED, Action.REJECT: Fate.REJECTED}
 INTERFACES = {Origin.OUTSIDE: "eth0", Origin.POD: "pods", Origin.NODE: ""}
-
-Explain = Callable[[Packet], Explanation]
 
 
 def packet(flow: Flow) -> Packet:
@@ -45,10 +45,8 @@ class Verdict:
         went = outcome.fate in (Fate.FORWARDED, Fate.DELIVERED)
         target, flow = (outcome.destination, outcome.port), self.flow
         match self.explanation.action:
-            case Action.DROP:
-                return outcome.fate is Fate.DROPPED
-            case Action.REJECT:
-                return outcome.fate is Fate.REJECTED
+            case Action.DROP | Action.REJECT as action:
+                return outcome.fate in (REFUSALS[action], REFUSALS.get(self.explanation.instead))
             case Action.PASS:
                 return went and target == (flow.destination, flow.port) and outcome.source == flow.source
             case Action.DNAT:

@@ -10,7 +10,7 @@ from kproxy.dataplane.nftables.kernel import NftablesKernel
 from kproxy.dataplane.nftables.ruleset import ChainKey, SetKey
 from kproxy.model import Family
 from tests.lab.namespaces import Namespace
-from tests.oracle.rig import WITHOUT_OWNER
+from tests.oracle.kernels import WITHOUT_OWNER
 
 _WORDS = {Family.IPv4: "ip", Family.IPv6: "ip6"}
 

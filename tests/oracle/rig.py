@@ -13,28 +13,23 @@ from kproxy.cluster import ClusterState
 from kproxy.config.decode import decode
 from kproxy.config.defaults import defaulted, with_mode
 from kproxy.config.v1alpha1 import Configuration, ProxyMode
-from kproxy.dataplane.base import Change, Dataplane, Entries, Key
-from kproxy.dataplane.nftables.containers import CONTAINERS
-from kproxy.dataplane.nftables.dataplane import NftablesDataplane
-from kproxy.dataplane.nftables.features import Features
-from kproxy.dataplane.nftables.kernel import NftablesKernel
-from kproxy.explain import Explanation, Node, Packet, explain
+from kproxy.dataplane.base import Dataplane
+from kproxy.explain import Node
 from kproxy.facts import Facts
 from kproxy.model import Family, NodeFacts, Route
 from kproxy.node_addresses import local_addresses
 from kproxy.reconcile import Difference, Reconciler, SyncReport
 from tests.lab.namespaces import Namespace
-
-WITHOUT_OWNER = Features(owner=False, destroy=True)  # as kernels before 6.9 are: others may change the tables
+from tests.oracle.kernels import Explain, Opened, OpenedIptables, OpenedNftables
 
 Item = Mapping[str, Any]
 Wrap = Callable[[Dataplane], Dataplane]
 
 
 class Rig:
-    """A proxy in nftables mode, driven step by step in the namespace of a node.
+    """A proxy in the mode of its configuration, driven step by step in the namespace of a node.
 
-    `shared_tables`: others may change its tables. `wrap` goes round its dataplane.
+    `shared_tables`: others may change what is its own. `wrap` goes round its dataplane.
     """
 
     def __init__(
@@ -43,16 +38,16 @@ class Rig:
         read, problems = decode(Configuration, config)
         if any(problems):
             raise ValueError(f"configuration: {problems}")
-        mode = ProxyMode.NFTABLES
+        mode = read.mode or ProxyMode.NFTABLES
+        configuration = with_mode(defaulted(read), mode)
         self._netns = netns
         self.state = ClusterState(read.hostname_override, note=_ignore)
         for kind in KINDS:
             self.state.apply(Listed(kind, frozenset()))
-        self._facts = Facts(with_mode(defaulted(read), mode), mode, tuple(Family), self.state, local_addresses, print)
-        features = WITHOUT_OWNER if shared_tables else None
-        self.kernel = netns.run(NftablesKernel, tuple(Family), features)
-        nftables = NftablesDataplane(self.kernel)
-        self._dataplane: Dataplane = wrap(nftables) if wrap else nftables
+        self.opened: Opened = netns.run(_open, configuration, shared_tables)
+        large = self.opened.large_families(self.state)
+        self._facts = Facts(configuration, mode, tuple(Family), self.state, local_addresses, _ignore, large)
+        self._dataplane: Dataplane = wrap(self.opened.dataplane) if wrap else self.opened.dataplane
         self._reconciler: Reconciler | None = None
         self._node = Node(NodeFacts())
 
@@ -98,17 +93,16 @@ class Rig:
         """All routes."""
         return [route for service in self.state.services() for route in self.state.routes(service)]
 
-    def explainer(self) -> Callable[[Packet], Explanation]:
+    def explainer(self) -> Explain:
         """Explains packets as of now."""
-        routes, node = self.routes(), self._node
-        return lambda packet: explain(packet, routes, node)
+        return self.opened.explainer(self.routes(), self._node)
 
     def misplaced(self) -> list[str]:
         """Where what the kernel holds differs from what is rendered anew, apart from the order of endpoints."""
         wanted = dict(self._dataplane.render_base(self._node.facts))
         for route in self.routes():
             wanted |= self._dataplane.render_route(route, self._node.facts, {})
-        there, wanted = _without_order(self._netns.run(self._dataplane.read)), _without_order(wanted)
+        there, wanted = map(self.opened.without_order, (self._netns.run(self._dataplane.read), wanted))
         return [
             f"{key}: the kernel has {there.get(key)}, wanted is {wanted.get(key)}"
             for key in there.keys() | wanted.keys()
@@ -117,30 +111,26 @@ class Rig:
 
     def forget_clients(self) -> None:
         """Take what session affinity has learned out of the kernel."""
-        learned = [Change(key, value, None) for family in Family for key, value in self.kernel.affinity(family).items()]
-        if learned:
-            self.kernel.apply(learned)
+        self._netns.run(self.opened.forget_clients)
 
     def remove_tables(self) -> None:
         """Take all that is ours out of the kernel."""
-        self.kernel.apply([Change(key, value, None) for key, value in self.kernel.tables().items()])
+        self._netns.run(self.opened.remove)
 
     def close(self) -> None:
         """End the proxy; what it wrote stays."""
-        self.kernel.close()
+        self._netns.run(self.opened.close)
+
+
+def _open(configuration: Configuration, shared_tables: bool) -> Opened:
+    match configuration.mode:
+        case ProxyMode.NFTABLES:
+            return OpenedNftables(shared_tables=shared_tables)
+        case ProxyMode.IPTABLES:
+            return OpenedIptables(configuration)
+        case mode:
+            raise ValueError(f"mode {mode} cannot be driven yet")
 
 
 def _ignore(_: str) -> None:
     """Notes on inputs are not looked at here."""
-
-
-def _without_order(entries: Entries) -> dict[Key, object]:
-    """Entries with the endpoints of each frontend as a sorted list."""
-    found: dict[Key, object] = {}
-    balanced: dict[Key, list[bytes]] = {}
-    for key, value in entries.items():
-        if isinstance(key, bytes) and isinstance(value, bytes) and CONTAINERS[key[0]].name.endswith("endpoints"):
-            balanced.setdefault(key[:-4], []).append(value)
-        else:
-            found[key] = value
-    return found | {key: sorted(values) for key, values in balanced.items()}

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from kproxy.dataplane.base import ApplyError
+from kproxy.dataplane.iptables.commands import Variant
 from kproxy.model import Family
 from tests.lab import scenario as scenarios
 from tests.lab.node import POD_GATEWAYS
 from tests.lab.packets import Lab
+from tests.lab.proxy import HINT
 from tests.lab.scenario import Objects
+from tests.oracle import meddling, meddling_iptables
 from tests.oracle.judge import complaints
-from tests.oracle.meddling import meddle
 from tests.oracle.probes import probes
 from tests.oracle.rig import Rig
 from tests.oracle.unreliable import Unreliable
@@ -22,15 +24,21 @@ ATTEMPTS = 100  # of a sync that meets faults
 
 
 class Story:
-    """A history on the node of a laboratory. `faults`: how many transactions fail. The node is clean when it ends."""
+    """A history on the node of a laboratory, which is clean when it ends.
 
-    def __init__(self, lab: Lab, history: History, *, faults: float = 0.0) -> None:
-        self._lab = lab
+    In iptables mode if there is a `variant` of it, else in nftables mode. `faults`: how many transactions fail.
+    """
+
+    def __init__(self, lab: Lab, history: History, *, variant: Variant | None = None, faults: float = 0.0) -> None:
+        self.lab = lab
         self._history = history
         self._now = history.given
+        self._variant = variant
         self._faults = faults
         self._shared_tables = any(step.drift for step in history.steps)
         self._starts = 0
+        if variant:
+            lab.netns.command(f"iptables-{variant}-restore", "--noflush", stdin=HINT)
         self._begin()
 
     def __enter__(self) -> Story:
@@ -43,7 +51,10 @@ class Story:
     def go_on(self, step: Step) -> None:
         """Something happens, and the proxy hears of it."""
         if step.drift:
-            meddle(self._lab.netns, step.drift)
+            if self._variant:
+                meddling_iptables.meddle(self.lab.netns, self._variant, step.drift)
+            else:
+                meddling.meddle(self.lab.netns, step.drift)
             self.rig.reconciler.doubt()
         changes = step.changes
         self._now = changes.over(self._now)
@@ -78,20 +89,21 @@ class Story:
 
     def flaws_of_packets(self) -> list[str]:
         """Where packets fare otherwise than explained."""
-        self._lab.flush_conntrack()
-        flows = probes(self.rig.state, self._lab.node.addresses - set(POD_GATEWAYS), self._history.luck)
-        return complaints(self._lab, flows, self.rig.explainer(), self.rig.forget_clients)
+        self.lab.flush_conntrack()
+        flows = probes(self.rig.state, self.lab.node.addresses - set(POD_GATEWAYS), self._history.luck)
+        return complaints(self.lab, flows, self.rig.explainer(), self.rig.forget_clients)
 
     def _begin(self) -> None:
         """A new proxy finds what the last one left."""
         self._starts += 1
-        config = {"mode": "nftables", "hostnameOverride": scenarios.NODE_NAME, **self._now.config}
+        mode = "iptables" if self._variant else "nftables"
+        config = {"mode": mode, "hostnameOverride": scenarios.NODE_NAME, **self._now.config}
 
         def wrapped(real: Any) -> Unreliable:
             self._dataplane = Unreliable(real, self._faults, seed=self._history.luck + self._starts)
             return self._dataplane
 
-        self.rig = Rig(self._lab.netns, config, shared_tables=self._shared_tables, wrap=wrapped)
+        self.rig = Rig(self.lab.netns, config, shared_tables=self._shared_tables, wrap=wrapped)
         self._set_addresses()
         self._apply_surroundings()
         self.rig.apply(_items(self._now, present=True))
@@ -103,12 +115,12 @@ class Story:
             self.rig.delete([{"kind": "ServiceCIDR", "metadata": {"name": "kubernetes"}}])
 
     def _set_addresses(self) -> None:
-        node, wanted = self._lab.node, set(self._now.node["addresses"])
+        node, wanted = self.lab.node, set(self._now.node["addresses"])
         for address in sorted(wanted - node.addresses):
             node.add_address(address)
         for address in sorted(node.addresses - wanted - set(POD_GATEWAYS)):
             bits = Family.of(address).bits
-            self._lab.netns.command("ip", "addr", "del", f"{address}/{bits}", "dev", node.outside)
+            self.lab.netns.command("ip", "addr", "del", f"{address}/{bits}", "dev", node.outside)
             node.addresses.discard(address)
 
     def _sync(self) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 
+import pytest
 from hypothesis import given
 
+from kproxy.dataplane.iptables.commands import Variant
 from kproxy.explain import Action
 from kproxy.model import Endpoint, Route, ServicePort
 from tests.lab.flows import Flow
@@ -28,8 +31,19 @@ Target = tuple[str, int]
 @examples(40)
 @given(history=sticky_histories(steps=6))
 def test_clients_stay_while_they_can(node_lab: Lab, history: History) -> None:
-    with Story(node_lab, history) as story:
-        clients = Clients(node_lab, story)
+    tell(node_lab, history, None)
+
+
+@pytest.mark.parametrize("variant", list(Variant))
+@examples(15)
+@given(history=sticky_histories(steps=6))
+def test_clients_stay_while_they_can_in_iptables_mode(node_lab: Lab, variant: Variant, history: History) -> None:
+    tell(node_lab, history, variant)
+
+
+def tell(lab: Lab, history: History, variant: Variant | None) -> None:
+    with Story(lab, history, variant=variant) as story:
+        clients = Clients(lab, story, shares_addresses=variant is not None)
         assert clients.complaints() == [], "at first"
         for number, step in enumerate(history.steps, 1):
             story.go_on(step)
@@ -39,22 +53,27 @@ def test_clients_stay_while_they_can(node_lab: Lab, history: History) -> None:
 class Stay(NamedTuple):
     """Where a client is, and what it had to choose from."""
 
-    target: Target
+    targets: frozenset[Target]
     service_port: ServicePort
     choices: tuple[frozenset[Target], ...]
 
-    def may_be_lost(self, route: Route) -> bool:
-        """Whether the Service has changed, or the endpoint has left any set that some client is balanced to."""
-        left = any(self.target in before - now for before, now in zip(self.choices, _choices(route), strict=True))
-        return left or route.service_port != self.service_port
+    def kept(self, route: Route) -> frozenset[Target]:
+        """Where it must stay: unless the Service has changed, or left any set that some client is balanced to."""
+        if route.service_port != self.service_port:
+            return frozenset()
+        return self.targets.difference(*(b - now for b, now in zip(self.choices, _choices(route), strict=True)))
 
 
 class Clients:
-    """Clients that come again after every step."""
+    """Clients that come again after every step.
 
-    def __init__(self, lab: Lab, story: Story) -> None:
+    `shares_addresses`: an endpoint that a client has used at one address of a service port is known at all of them.
+    """
+
+    def __init__(self, lab: Lab, story: Story, *, shares_addresses: bool) -> None:
         self._lab = lab
         self._story = story
+        self._shares_addresses = shares_addresses
         self._stays: dict[Flow, Stay] = {}
 
     def complaints(self) -> list[str]:
@@ -62,19 +81,28 @@ class Clients:
         self._lab.flush_conntrack()
         used = self._used_routes()
         rounds = [self._lab.send_many(list(used)) for _ in range(CONNECTIONS)]
+        ways = dict(zip(used, zip(*rounds, strict=True), strict=True))
+        reached = {flow: frozenset((o.destination, o.port) for o in outcomes) for flow, outcomes in ways.items()}
+        siblings: defaultdict[Hashable, list[Flow]] = defaultdict(list)
+        for flow, (route, _) in used.items():
+            siblings[self._kinship(flow, route)].append(flow)
         found, stays = [], {}
-        for (flow, (route, allowed)), outcomes in zip(used.items(), zip(*rounds, strict=True), strict=True):
-            known = self._stays.get(flow)
-            may_use = allowed
-            if known and known.target in allowed and not known.may_be_lost(route):
-                may_use = frozenset((known.target,))
-            went = {(outcome.destination, outcome.port) for outcome in outcomes}
-            if len(went) > 1 or not went <= may_use:
-                ways = ", then ".join(map(str, outcomes))
-                found.append(f"{flow}: went {ways}; may use {sorted(may_use)}; before: {known}")
-            stays[flow] = Stay(went.pop(), route.service_port, _choices(route))
+        for flow, (route, allowed) in used.items():
+            kin = siblings[self._kinship(flow, route)]
+            known = [self._stays[other] for other in kin if other in self._stays]
+            kept = allowed & frozenset().union(*(stay.kept(route) for stay in known))
+            learned = frozenset().union(*(reached[other] for other in kin if other != flow))
+            chosen = reached[flow] - learned
+            if len(chosen) > 1 or not reached[flow] <= allowed or (kept and not chosen <= kept):
+                how = ", then ".join(map(str, ways[flow]))
+                found.append(f"{flow}: went {how}; may use {sorted(kept or allowed)}; before: {known}")
+            stays[flow] = Stay(reached[flow], route.service_port, _choices(route))
         self._stays = stays
         return found
+
+    def _kinship(self, flow: Flow, route: Route) -> Hashable:
+        """What flows have in common that are known by the same entry of the kernel."""
+        return (flow.source, route.service_port.name) if self._shares_addresses else flow
 
     def _used_routes(self) -> dict[Flow, tuple[Route, frozenset[Target]]]:
         """The flows that reach an endpoint, with the route that they take and what it lets them choose from."""

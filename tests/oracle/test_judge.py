@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
-from kproxy.dataplane.base import Change
+from kproxy.dataplane.base import Change, Key, Value
+from kproxy.dataplane.iptables.commands import Variant
+from kproxy.dataplane.iptables.entries import BlockKey, ChainKey, JumpKey
 from kproxy.dataplane.nftables.containers import CONTAINERS
 from tests.lab.packets import Lab
 from tests.lab.scenario import Objects
@@ -54,17 +58,81 @@ def test_nothing_is_wrong_at_first(story: Story) -> None:
 
 @pytest.mark.parametrize("name", containers())
 def test_elements_that_are_missing_are_noticed(story: Story, name: str) -> None:
-    there = story.rig.kernel.read()
+    there = story.rig.opened.kernel.read()
     taken = [key for key in there if isinstance(key, bytes) and CONTAINERS[key[0]].name == name]
     assert taken, f"{name} has no element in this world"
-    story.rig.kernel.apply([Change(key, there[key], None) for key in taken])
+    story.rig.opened.kernel.apply([Change(key, there[key], None) for key in taken])
     assert story.flaws_of_packets() != []
     assert story.rig.plan() != []
     assert story.rig.misplaced() != []
 
 
 def test_an_endpoint_that_is_never_reached_is_noticed(story: Story) -> None:
-    there = story.rig.kernel.read()
+    there = story.rig.opened.kernel.read()
     one, *_, other = sorted(k for k in there if isinstance(k, bytes) and CONTAINERS[k[0]].name == "endpoints")
-    story.rig.kernel.apply([Change(one, there[one], there[other])])
+    story.rig.opened.kernel.apply([Change(one, there[one], there[other])])
     assert any("no try reached" in flaw for flaw in story.flaws_of_packets())
+
+
+@pytest.fixture
+def iptables_story(node_lab: Lab):
+    with Story(node_lab, History(EVERYTHING, (), 0), variant=Variant.LEGACY) as story:
+        yield story
+
+
+# What stands in KUBE-NODEPORTS, KUBE-FORWARD and KUBE-FIREWALL of the filter table matters only to other firewalls.
+BLOCKS = [
+    ("nat", "KUBE-SERVICES"),
+    ("nat", "KUBE-NODEPORTS"),
+    ("filter", "KUBE-SERVICES"),
+    ("filter", "KUBE-EXTERNAL-SERVICES"),
+    ("filter", "KUBE-PROXY-FIREWALL"),
+]
+CHAINS = ["KUBE-SVC-", "KUBE-SVL-", "KUBE-EXT-", "KUBE-FW-", "KUBE-SEP-", "KUBE-MARK-MASQ", "KUBE-POSTROUTING"]
+
+
+def test_in_iptables_mode_nothing_is_wrong_at_first(iptables_story: Story) -> None:
+    assert iptables_story.complaints() == []
+
+
+@pytest.mark.parametrize(("table", "chain"), BLOCKS)
+def test_rules_that_are_missing_are_noticed(iptables_story: Story, table: str, chain: str) -> None:
+    def concerned(key: Key) -> bool:
+        return isinstance(key, BlockKey) and (key.table, key.chain) == (table, chain)
+
+    without(iptables_story, concerned, None)
+    is_noticed(iptables_story)
+
+
+@pytest.mark.parametrize("prefix", CHAINS)
+def test_chains_that_are_empty_are_noticed(iptables_story: Story, prefix: str) -> None:
+    without(iptables_story, lambda key: isinstance(key, ChainKey) and key.chain.startswith(prefix), ())
+    is_noticed(iptables_story)
+
+
+@pytest.mark.parametrize(("table", "chain"), [*BLOCKS[:1], *BLOCKS[2:], ("nat", "KUBE-POSTROUTING")])
+def test_jumps_that_are_missing_are_noticed(iptables_story: Story, table: str, chain: str) -> None:
+    there = iptables_story.lab.netns.run(iptables_story.rig.opened.kernel.read)
+
+    def concerned(key: Key) -> bool:
+        return isinstance(key, JumpKey) and key.table == table and there[key].target.to == chain
+
+    without(iptables_story, concerned, None)
+    is_noticed(iptables_story)
+
+
+def without(story: Story, concerned: Callable[[Key], bool], instead: Value | None) -> None:
+    def take() -> list[Change]:
+        there = story.rig.opened.kernel.read()
+        taken = [Change(key, value, instead) for key, value in there.items() if concerned(key)]
+        story.rig.opened.kernel.apply(taken)
+        return taken
+
+    assert story.lab.netns.run(take), "there is nothing of it in this world"
+
+
+def is_noticed(story: Story) -> None:
+    assert story.flaws_of_packets() != []
+    story.rig.reconciler.doubt()
+    assert story.rig.plan() != []
+    assert story.rig.misplaced() != []

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import pytest
+
 from kproxy.dataplane.base import ApplyError, Change
+from kproxy.dataplane.iptables.commands import Variant
 from kproxy.model import Family
 from tests.lab import scenario as scenarios
 from tests.lab.packets import Lab
+from tests.lab.proxy import HINT
 from tests.lab.scenario import Objects
 from tests.oracle.rig import Rig
 from tests.oracle.unreliable import Unreliable
@@ -57,6 +61,27 @@ def test_what_strangers_left_in_our_tables_goes_too(node_lab: Lab) -> None:
     assert again.plan() == []
     assert again.misplaced() == []
     again.close()
+
+
+@pytest.mark.parametrize("variant", list(Variant))
+def test_a_second_copy_of_a_rule_behind_the_last_one_goes_and_the_order_stays(node_lab: Lab, variant: Variant) -> None:
+    """iptables deletes rules by what they say: the first of two that say the same."""
+    netns = node_lab.netns
+    netns.command(f"iptables-{variant}-restore", "--noflush", stdin=HINT)
+    world = sticky_for(600)
+    both = {**world.services["a"], "externalIPs": ["198.51.100.80"]}
+    rig = start(Rig(netns, CONFIG | {"mode": "iptables"}), Objects(world.config, world.node, {"a": both}, world.slices))
+    before = netns.command(f"iptables-{variant}", "-w", "-t", "nat", "-S", "KUBE-SERVICES").stdout
+    first = next(line for line in before.splitlines() if line.startswith("-A"))
+    netns.command("sh", "-c", f"iptables-{variant} -w -t nat {first}")
+
+    rig.reconciler.doubt()
+    rig.sync()
+
+    assert netns.command(f"iptables-{variant}", "-w", "-t", "nat", "-S", "KUBE-SERVICES").stdout == before
+    rig.reconciler.doubt()
+    assert rig.plan() == []
+    rig.close()
 
 
 def refused_once(lab: Lab, *, shared_tables: bool = False) -> Rig:

@@ -25,6 +25,9 @@ class Unreliable:
     def render_route(self, route: Route, facts: NodeFacts, present: Mapping[Key, Value]) -> Entries:
         return self._real.render_route(route, facts, present)
 
+    def rerenders(self, before: NodeFacts, after: NodeFacts) -> bool:
+        return self._real.rerenders(before, after)
+
     def is_shared(self, key: Key) -> bool:
         return self._real.is_shared(key)
 

@@ -203,7 +203,9 @@ def _configs() -> st.SearchStrategy[dict[str, Any]]:
     node_ports = st.sampled_from((["0.0.0.0/0", "::/0"], [], ["192.168.0.0/16"], ["192.168.1.0/24", "fd00::/64"]))
     masquerade = st.sampled_from(({}, {"masqueradeAll": True}, {"masqueradeBit": 31}))
     return st.builds(
-        lambda detected, addresses, nftables: detected | {"nodePortAddresses": addresses, "nftables": nftables},
+        lambda detected, addresses, masquerade: (
+            detected | {"nodePortAddresses": addresses, "nftables": masquerade, "iptables": masquerade}
+        ),
         detection,
         node_ports,
         masquerade,

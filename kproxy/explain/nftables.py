@@ -1,102 +1,18 @@
-"""Walks the routes for one packet, as the kernel will: which Service, which policy, which endpoints, and why.
-
-This is the plan's own account of itself, and the oracle that packets through the real kernel are tested against.
-It speaks of the first packet of a connection, from a client that no affinity is known of.
-"""
+"""A packet's way in nftables mode."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from enum import StrEnum
 from ipaddress import ip_address, ip_network
 
 import msgspec
 
-from kproxy.model import (
-    Endpoint,
-    Family,
-    FrontendKind,
-    LocalDetector,
-    NodeFacts,
-    Outcome,
-    Protocol,
-    Route,
-    ServicePort,
-    join_host_port,
-)
-
-
-class Packet(msgspec.Struct, frozen=True):
-    """The first packet of a connection. `interface` is where it enters the node; "" for one of the node's own."""
-
-    source: str
-    destination: str
-    port: int
-    protocol: Protocol = Protocol.TCP
-    interface: str = ""
-
-    @property
-    def family(self) -> Family:
-        """Family of both addresses."""
-        return Family.of(self.destination)
-
-
-class Action(StrEnum):
-    """What becomes of a packet."""
-
-    DNAT = "dnat"
-    DROP = "drop"
-    REJECT = "reject"
-    PASS = "pass"  # noqa: S105 - not a password: nothing of ours touches it
-
-
-class Explanation(msgspec.Struct, frozen=True):
-    """The fate of a packet. Each of `endpoints` is equally likely."""
-
-    action: Action
-    reasons: tuple[str, ...]
-    endpoints: tuple[Endpoint, ...] = ()
-    masquerade: bool = False  # whichever endpoint is chosen
-    hairpin: tuple[Endpoint, ...] = ()  # masqueraded if one of these is chosen
-    service_port: ServicePort | None = None  # which one takes the packet
-
-    def is_masqueraded(self, endpoint: Endpoint) -> bool:
-        """Whether the source is replaced when this endpoint is chosen."""
-        return self.masquerade or endpoint in self.hairpin
-
-
-class Node(msgspec.Struct, frozen=True):
-    """The node as a packet meets it: its facts, and every address it has."""
-
-    facts: NodeFacts
-    addresses: frozenset[str] = frozenset()
-
-    def is_pod(self, packet: Packet) -> bool:
-        """Whether the local detector takes the packet for one of a pod."""
-        return _detects(self.facts.detector(packet.family), packet)
-
-    def is_own(self, address: str) -> bool:
-        """Whether an address is one of the node's: all of loopback is."""
-        return address in self.addresses or ip_address(address).is_loopback
-
-    def takes_node_ports(self, address: str) -> bool:
-        """Whether node ports are open on an address."""
-        if ip_address(address).is_loopback or address not in self.addresses:
-            return False
-        chosen = self.facts.node_port_addresses.get(Family.of(address))
-        return chosen is None or address in chosen
-
-
-def _detects(detector: LocalDetector, packet: Packet) -> bool:
-    if detector.cidr:
-        return ip_address(packet.source) in ip_network(detector.cidr)
-    if detector.interface:
-        return packet.interface == detector.interface
-    return bool(detector.interface_prefix) and packet.interface.startswith(detector.interface_prefix)
+from kproxy.explain.terms import Action, Explanation, Node, Packet, translated
+from kproxy.model import Family, FrontendKind, Outcome, Route, join_host_port
 
 
 def explain(packet: Packet, routes: Iterable[Route], node: Node) -> Explanation:
-    """What happens to a packet on a node where these are all the routes (nftables mode)."""
+    """What happens to a packet on a node where these are all the routes."""
     cluster_ips = set()
     at_address: tuple[Route, FrontendKind] | None = None
     at_node_port: Route | None = None
@@ -108,7 +24,7 @@ def explain(packet: Packet, routes: Iterable[Route], node: Node) -> Explanation:
                 continue
             if frontend.address == packet.destination:
                 at_address = route, kind
-            elif kind is FrontendKind.NODE_PORT and node.takes_node_ports(packet.destination):
+            elif kind is FrontendKind.NODE_PORT and _takes_node_ports(node, packet.destination):
                 at_node_port = route
     balancing = _Balancing(packet, node, packet.destination in cluster_ips)
     by_node_port = balancing.to_frontend(at_node_port, FrontendKind.NODE_PORT) if at_node_port else None
@@ -119,6 +35,13 @@ def explain(packet: Packet, routes: Iterable[Route], node: Node) -> Explanation:
         reason = f"{kind} of service port {route.service_port.name} has no endpoint, but there is a node port"
         return msgspec.structs.replace(by_node_port, reasons=(reason, *by_node_port.reasons))
     return balancing.to_frontend(route, kind)
+
+
+def _takes_node_ports(node: Node, address: str) -> bool:
+    if ip_address(address).is_loopback or address not in node.addresses:
+        return False
+    chosen = node.facts.node_port_addresses.get(Family.of(address))
+    return chosen is None or address in chosen
 
 
 def _to_nothing(packet: Packet, cluster_ips: set[str], node: Node) -> Explanation:
@@ -206,19 +129,12 @@ class _Balancing(msgspec.Struct, frozen=True):
             case Outcome.DROP:
                 reason = "endpoints exist, but none on this node, and the policy is Local"
                 return Explanation(Action.DROP, (*reasons, reason), service_port=port)
-            case Outcome.CLUSTER:
-                endpoints = route.cluster
-                if route.topology_reason:
-                    reasons.append(f"topology: {route.topology_reason}")
-            case Outcome.LOCAL:
-                endpoints = route.local
-        if port.affinity_seconds:
-            reasons.append(f"sticks to the chosen endpoint for {port.affinity_seconds} s (ClientIP)")
-        return Explanation(
-            Action.DNAT,
-            tuple(reasons),
-            endpoints,
-            masquerade,
-            tuple(e for e in endpoints if e.local and e.address == self.packet.source),
-            port,
-        )
+            case Outcome.CLUSTER | Outcome.LOCAL:
+                return translated(
+                    self.packet,
+                    route,
+                    local=outcome is Outcome.LOCAL,
+                    masquerade=masquerade,
+                    only_local_hairpin=True,
+                    reasons=reasons,
+                )
