@@ -86,7 +86,9 @@ def measure(services: int, endpoints: int, variant: str) -> Figures:
                 rss, _ = memory(process.pid)
             with kproxy(*FLAGS) as (_, restart):
                 restart_writes = int(sum(_samples("kproxy_sync_changes_total")))
-            subprocess.run([sys.executable, "-m", "kproxy", "--cleanup"], check=True, timeout=300, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                [sys.executable, "-m", "kproxy", "--cleanup"], check=True, timeout=300, stdout=subprocess.DEVNULL
+            )
     finally:
         subprocess.run([f"iptables-{variant}", "-t", "mangle", "-X", "KUBE-IPTABLES-HINT"], check=True)
     return Figures(
