@@ -142,8 +142,9 @@ def test_what_another_tool_deleted_is_waited_for_no_longer(host: Host, conversat
 
 @pytest.mark.parametrize("family", list(Family))
 def test_without_connections_an_endpoint_leaves_at_once(host: Host, family: Family) -> None:
-    host.bring_to(entries(route(family, 1, 1, 2)))
+    host.bring_to(entries(route(family, 1, 1)))
     with host.listening(pod(family, 1)) as server, host.connect(cluster_ip(family, 1)), server.accept()[0]:
+        host.bring_to(entries(route(family, 1, 1, 2)))
         host.bring_to(entries(route(family, 1)))
         (left,) = (line for line in host.servers() if line.startswith("-a"))
     assert pod(family, 1) in left

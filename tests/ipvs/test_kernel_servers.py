@@ -6,17 +6,22 @@ from collections.abc import Iterator
 
 import pytest
 
+from kproxy.cluster import ClusterState
 from kproxy.dataplane.base import ApplyError, Change, UnsupportedError, diff
+from kproxy.dataplane.ipvs.dataplane import IpvsDataplane
 from kproxy.dataplane.ipvs.entries import RealServer, RealServerKey, VirtualServer, VirtualServerKey
 from kproxy.dataplane.ipvs.kernel import IpvsKernel
 from kproxy.dataplane.ipvs.options import Options
-from kproxy.model import Family, Protocol
+from kproxy.model import Family, Protocol, ServiceName
+from kproxy.reconcile import Reconciler
 from tests.ipvs.kernel_host import (
+    FACTS,
     NODE,
     V4,
     V6,
     Host,
     cluster_ip,
+    elaborate,
     entries,
     everything,
     pod,
@@ -24,8 +29,11 @@ from tests.ipvs.kernel_host import (
     route,
     virtual_server,
 )
+from tests.lab.cluster_objects import service
 from tests.lab.namespaces import Namespace
 from tests.lab.waiting import eventually
+from tests.reconcile.driven import changed
+from tests.reconcile.objects import endpoints
 
 pytestmark = pytest.mark.ipvs
 
@@ -162,23 +170,53 @@ def test_a_new_process_removes_node_ports_that_are_not_wanted_any_more(host: Hos
     assert host.servers() == []
 
 
-def test_a_refused_endpoint_is_named_and_the_others_go_in(host: Host) -> None:
-    wanted = entries(route(V4, 1, 1), route(V4, 2, 1))
+def test_a_refused_endpoint_is_named_and_nothing_of_the_changes_is_in_force(host: Host) -> None:
+    before = entries(route(V4, 1, 1), route(V4, 2, 1), route(V4, 3, 1))
+    host.bring_to(before)
+    servers, rules = host.servers(), host.saved()
+    after = entries(elaborate(V4, 1), route(V4, 2, 2, affinity_seconds=60), route(V4, 4, 1))
     refused = RealServerKey(*virtual_server(1), "224.0.0.1", 8080)
     with pytest.raises(ApplyError, match=r"10\.96\.0\.1:80.*224\.0\.0\.1:8080.*Invalid argument") as caught:
-        host.netns.run(host.kernel.apply, diff({**wanted, refused: wanted[real_server(1, 1)]}, {}))
+        host.bring_to({**after, refused: RealServer(1)})
     assert caught.value.culprits == (refused,)
     assert not caught.value.transient
-    assert diff(wanted, host.read()) == []
+    assert diff(before, host.read()) == []
+    assert host.servers() == servers
+    assert host.saved() == rules
 
 
 def test_a_refused_virtual_server_is_named_once(host: Host) -> None:
     wanted = entries(route(V4, 1, 1, 2), route(V4, 2, 1))
     wanted[virtual_server(1)] = VirtualServer("no-such")
     with pytest.raises(ApplyError) as caught:
-        host.netns.run(host.kernel.apply, diff(wanted, {}))
+        host.bring_to(wanted)
     assert caught.value.culprits == (virtual_server(1),)
-    assert [line for line in host.servers() if "10.96.0.2" in line]
+    assert host.servers() == []
+
+
+def test_a_refused_service_stays_as_it_was_and_the_others_go_in(host: Host) -> None:
+    cluster = ClusterState(FACTS.name, note=lambda text: None)
+    good, bad = service("good", "10.96.1.1"), service("bad", "10.96.1.2")
+    for item in (good, endpoints("good", pod(V4, 1)), bad, endpoints("bad", pod(V4, 1))):
+        cluster.apply(changed(item))
+    reconciler = Reconciler(cluster, IpvsDataplane(host.kernel, Options()), FACTS)
+    host.netns.run(reconciler.sync)
+    cluster.apply(changed(endpoints("good", pod(V4, 2))))
+    cluster.apply(changed(endpoints("bad", "224.0.0.1", pod(V4, 2))))
+
+    report = host.netns.run(reconciler.sync)
+
+    (reason,) = report.quarantined.values()
+    assert "224.0.0.1:8080" in reason
+    assert list(report.quarantined) == [ServiceName("default", "bad")]
+    assert [line for line in host.servers() if line.startswith("-a")] == [
+        "-a -t 10.96.1.1:80 -r 10.1.0.2:8080 -m -w 1",
+        "-a -t 10.96.1.2:80 -r 10.1.0.1:8080 -m -w 1",
+    ]
+    cluster.apply(changed(endpoints("bad", pod(V4, 2))))
+    assert not host.netns.run(reconciler.sync).quarantined
+    assert host.netns.run(reconciler.plan) == []
+    assert "-a -t 10.96.1.2:80 -r 10.1.0.2:8080 -m -w 1" in host.servers()
 
 
 def test_what_was_flushed_is_told_and_comes_back(host: Host) -> None:

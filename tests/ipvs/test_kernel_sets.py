@@ -77,24 +77,36 @@ def test_other_tools_see_the_members(host: Host) -> None:
     assert members(host, "KUBE-6-NODE-PORT-UDP") == ["30003"]
 
 
-def test_a_member_that_cannot_be_is_named_and_its_neighbours_go_in(host: Host) -> None:
+def test_a_member_that_cannot_be_is_named_and_nothing_of_it_all_is_there(host: Host) -> None:
     name = "KUBE-CLUSTER-IP"
     many = {MemberKey(name, Member(f"10.97.0.{n}", Protocol.TCP, 80)): EXISTS for n in range(1, 250)}
     wrong = MemberKey(name, Member("2001:db8::1", Protocol.TCP, 80))
-    wanted = entries() | dict(list(many.items())[:100]) | {wrong: EXISTS} | many
+    host.bring_to(entries() | dict(list(many.items())[:50]))
     with pytest.raises(ApplyError, match="KUBE-CLUSTER-IP: member 2001:db8::1,tcp:80") as caught:
-        host.netns.run(host.kernel.apply, diff(wanted, {}))
+        host.bring_to(entries() | dict(list(many.items())[50:100]) | {wrong: EXISTS} | many)
     assert caught.value.culprits == (wrong,)
+    assert len(members(host, name)) == 50
+    host.bring_to(entries() | many)
     assert len(members(host, name)) == len(many)
 
 
-def test_a_set_of_another_type_in_the_place_of_ours(host: Host) -> None:
+def test_a_set_of_another_type_in_the_place_of_ours_goes(host: Host) -> None:
     host.command("ipset", "create", "KUBE-CLUSTER-IP", "hash:net")
     host.command("ipset", "add", "KUBE-CLUSTER-IP", "192.0.2.0/24")
-    with pytest.raises(ApplyError, match=r"ipset KUBE-CLUSTER-IP.*another type has this name") as caught:
+    host.command("ipset", "create", "KUBE-6-CLUSTER-IP", "hash:ip,port", "family", "inet")
+    wanted = entries(route(V4, 1, 1))
+    host.bring_to(wanted)
+    assert diff(wanted, host.read()) == []
+
+
+def test_a_set_of_another_type_that_a_rule_names(host: Host) -> None:
+    host.command("ipset", "create", "KUBE-CLUSTER-IP", "hash:net")
+    rule = ("INPUT", "-m", "set", "--match-set", "KUBE-CLUSTER-IP", "dst", "-j", "ACCEPT")
+    host.command("iptables-legacy", "-A", *rule)
+    with pytest.raises(ApplyError, match=r"ipset KUBE-CLUSTER-IP.*in use by a rule") as caught:
         host.bring_to(entries(route(V4, 1, 1)))
     assert SetKey("KUBE-CLUSTER-IP") in caught.value.culprits
-    assert host.servers() == ["-A -t 10.96.0.1:80 -s rr", "-a -t 10.96.0.1:80 -r 10.1.0.1:8080 -m -w 1"]
+    assert host.read() == {}
 
 
 def test_members_that_others_added_or_took_away(host: Host) -> None:

@@ -1,8 +1,8 @@
 """Changes of ipvs mode, step after step.
 
 IPVS, interfaces, ipsets and iptables know no common transaction. So no step relies on a later one: sets and rules,
-addresses, virtual servers, real servers come in this order and go in the other. Each may be repeated, and where the
-kernel refuses something, the rest goes in all the same.
+addresses, virtual servers, real servers come in this order and go in the other, and each step may be repeated. Nothing
+goes before all that comes is there. Where the kernel refuses some of that, the rest is taken back.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from kproxy.dataplane.base import ApplyError, Change, Entries, Key
+from kproxy.dataplane.base import ApplyError, Change, Key
 from kproxy.dataplane.iptables.commands import Variant
 from kproxy.dataplane.iptables.entries import ChainKey, JumpKey
 from kproxy.dataplane.iptables.refusal import RefusedError
@@ -50,15 +50,15 @@ class Application:
         self._faults: list[str] = []
         self._culprits: list[Key] = []
         self._transient = True
-        self._values: Entries = {}
+        self._changes: dict[Key, Change] = {}
         self._put: defaultdict[type, dict[Any, Any]] = defaultdict(dict)
         self._removed: defaultdict[type, list[Any]] = defaultdict(list)
         self._rules: defaultdict[Family, list[Change]] = defaultdict(list)
 
     def run(self, changes: Iterable[Change]) -> None:
-        """All steps. Raises ApplyError."""
+        """All steps. Raises ApplyError; if it is not transient and something was to be made, nothing is in force."""
         for change in changes:
-            self._values[change.key] = change.old if change.new is None else change.new
+            self._changes[change.key] = change
             match change.key:
                 case ChainKey(family) | RuleKey(family) | JumpKey(family):
                     self._rules[family].append(change)
@@ -67,12 +67,27 @@ class Application:
                 case key:
                     self._put[type(key)][key] = change.new
         self._make()
-        self._remove()
+        if self._faults:
+            if not self._transient:
+                self._take_back()
+        else:
+            self._remove()
         if self._faults:
             text = "; ".join(self._faults[:_TOLD])
             if len(self._faults) > _TOLD:
                 text += f"; and {len(self._faults) - _TOLD} more"
             raise ApplyError(text, tuple(self._culprits), transient=self._transient)
+
+    def _take_back(self) -> None:
+        made = {key for of_kind in self._put.values() for key in of_kind}
+        made.update(change.key for of_family in self._rules.values() for change in of_family)
+        made.difference_update(self._culprits)
+        back = [Change(key, self._changes[key].new, self._changes[key].old) for key in made]
+        try:
+            Application(self._variant, self._servers, self._ownership, self._draining).run(back)
+        except ApplyError as error:
+            self._fault(f"what is in force already cannot be taken back: {error}", (), transient=True)
+            self._transient = True  # so that everything is compared
 
     # --- steps ---
 
@@ -135,7 +150,9 @@ class Application:
             with self._told():
                 refused = carry_out(what)
         for key, code in refused.items():
-            self._fault(f"{describe(key, self._values[key])}: {explain(code)}", (key,), transient=code in _TRANSIENT)
+            change = self._changes[key]
+            what_it_is = describe(key, change.old if change.new is None else change.new)
+            self._fault(f"{what_it_is}: {explain(code)}", (key,), transient=code in _TRANSIENT)
         return refused
 
     @contextmanager

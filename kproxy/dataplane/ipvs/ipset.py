@@ -48,7 +48,6 @@ _BUSY = 4100  # IPSET_ERR_BUSY
 _TEXTS = {
     _FULL: "the set is full (65536 members)",
     _BUSY: "the set is in use by a rule",
-    errno.EEXIST: "a set of another type has this name",
     4098: "the kernel has no such type of set",
     4103: "it is there already",
 }
@@ -103,20 +102,30 @@ def _type(fields: Mapping[int, bytes], family: Family) -> SetType | None:
 
 
 def make(wanted: Mapping[SetKey, SetType]) -> dict[SetKey, int]:
-    """Make sets. Returns the errno of each that could not be made: EEXIST, one of another type has its name."""
+    """Make sets, in place of those of another type. Returns the errno of each that could not be made."""
     failed = {}
     with IPSet() as sets:
         for key, value in wanted.items():
-            size = (
-                {"bitmap_ports_range": (0, 65535)}
-                if value.kind is SetKind.PORT
-                else {"hashsize": 1024, "maxelem": 65536}
-            )
             try:
-                sets.create(key.name, stype=value.kind.value, family=_NFPROTO[value.family], exclusive=False, **size)
+                try:
+                    _create(sets, key, value)
+                except NetlinkError as error:
+                    if error.code != errno.EEXIST:
+                        raise
+                    if read([value.family]).get(key) == value:
+                        continue
+                    sets.destroy(key.name)
+                    _create(sets, key, value)
             except NetlinkError as error:
                 failed[key] = int(error.code)
     return failed
+
+
+def _create(sets: IPSet, key: SetKey, value: SetType) -> None:
+    size: dict[str, object] = {"hashsize": 1024, "maxelem": 65536}
+    if value.kind is SetKind.PORT:
+        size = {"bitmap_ports_range": (0, 65535)}
+    sets.create(key.name, stype=value.kind.value, family=_NFPROTO[value.family], **size)
 
 
 def destroy(keys: Iterable[SetKey]) -> dict[SetKey, int]:

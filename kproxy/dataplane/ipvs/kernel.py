@@ -113,7 +113,7 @@ class IpvsKernel:
     def apply(self, changes: Iterable[Change]) -> None:
         """Make the changes. What new servers need comes before them, what old ones needed goes after them.
 
-        Raises ApplyError: what it does not name as culprit is in force.
+        Raises ApplyError. Where the kernel refuses something new, nothing of the changes is in force.
         """
         with self._lock:
             Application(self.variant, self._servers, self._ownership, self._draining).run(changes)
