@@ -70,7 +70,8 @@ def test_metrics_count_syncs_and_measure_how_long_programming_took(cluster: Clus
     latency = 'kubeproxy_network_programming_duration_seconds_count{ip_family="IPv4"}'
     eventually(lambda: more(syncs) >= 1, "a sync is counted")
     eventually(lambda: more(latency) >= 1, "the time from the pod to the rule is measured")
-    assert node.get("http://127.0.0.1:10249/proxyMode").text == "nftables"
+    mode = node.get("http://127.0.0.1:10249/proxyMode").text
+    assert f"--proxy-mode={mode}" in cluster.proxy_flags(node)
 
 
 def test_every_kproxy_writes_an_event_when_it_starts(cluster: Cluster):
