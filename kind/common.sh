@@ -90,12 +90,21 @@ check_cluster() {
 
 # The name of the kind cluster that kubectl reaches; empty for any other.
 kind_cluster() {
-    kubectl get nodes -o 'jsonpath={.items[0].spec.providerID}' | sed -n 's|^kind://[^/]*/\([^/]*\)/.*|\1|p'
+    provider_id | sed -n 's|^kind://[^/]*/\([^/]*\)/.*|\1|p'
+}
+
+# What runs its nodes: docker or podman.
+kind_provider() {
+    provider_id | sed -n 's|^kind://\([^/]*\)/.*|\1|p'
+}
+
+provider_id() {
+    kubectl get nodes -o 'jsonpath={.items[0].spec.providerID}'
 }
 
 # deploy OVERLAY IMAGE: applies the overlay with the image, and with this cluster's addresses where it asks for them.
 deploy() {
-    cp -R "$root/deploy" "$work/deploy"
+    [ -d "$work/deploy" ] || cp -R "$root/deploy" "$work/deploy"
     fill_in "$work/deploy/base/daemonset.yaml" "image: kproxy:dev" "s|image: kproxy:dev\$|image: $2|"
     config=$work/deploy/overlays/$1/config.conf
     if [ -f "$config" ]; then
@@ -108,6 +117,13 @@ deploy() {
         [ -z "$(kind_cluster)" ] || leave_conntrack_alone "$config"
     fi
     kubectl apply -k "$work/deploy/overlays/$1"
+}
+
+# The pods of nftables mode will see what kube-proxy has left in legacy iptables, too.
+see_iptables() {
+    cp -R "$root/deploy" "$work/deploy"
+    grep -q '^components:' "$work/deploy/overlays/nftables/kustomization.yaml" ||
+        printf 'components:\n- ../../components/xtables\n' >>"$work/deploy/overlays/nftables/kustomization.yaml"
 }
 
 # fill_in FILE TEXT SED-COMMAND: the text must be there, or the manifests have changed and this script has not.

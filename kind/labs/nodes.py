@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import urllib.request
@@ -86,7 +87,12 @@ class KindCluster(NamedTuple):
     def load(self, images: list[str]) -> None:
         """Bring images that this machine has to the nodes. Raises LabError."""
         done = subprocess.run(
-            (str(_LOAD), self.name, *images), capture_output=True, text=True, timeout=_IMAGE_SECONDS, check=False
+            (str(_LOAD), self.name, *images),
+            env={**os.environ, "KIND_EXPERIMENTAL_PROVIDER": self.engine},
+            capture_output=True,
+            text=True,
+            timeout=_IMAGE_SECONDS,
+            check=False,
         )
         if done.returncode:
             raise LabError(f"the images cannot be brought to the nodes: {done.stderr.strip() or done.stdout.strip()}")

@@ -25,6 +25,9 @@ case "$1 $2" in
 "info ") [ ! -e "$FAKES/no-daemon" ] ;;
 "image inspect") grep -qx "$3" "$FAKES/images" ;;
 "images --format") cat "$FAKES/images" ;;
+"inspect "*) [ -e "$FAKES/nodes/$2" ] && echo "[{}]" ;;
+"exec "*) node=$2; shift 2; exec nsenter "--net=$FAKES/nodes/$node" "$@" ;;
+"port "*) cat "$FAKES/port" ;;
 *) exit 1 ;;
 esac
 """
@@ -75,6 +78,13 @@ class Fakes:
     def has_clusters(self, *names: str) -> None:
         """Clusters that kind knows."""
         (self._directory / "clusters").write_text("".join(f"{name}\n" for name in names))
+
+    def has_nodes(self, paths: dict[str, Path], published: str) -> None:
+        """Containers by name, with their network namespaces; each has a port of this machine that leads to it."""
+        (self._directory / "nodes").mkdir()
+        for name, path in paths.items():
+            (self._directory / "nodes" / name).symlink_to(path)
+        (self._directory / "port").write_text(f"{published}\n")
 
     def has_no_daemon(self) -> None:
         """docker is there, but nobody answers it."""

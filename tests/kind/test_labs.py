@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.kind.fakes import Fakes
+from tests.kind.forwarder import Forwarder
 from tests.kind.kubernetes import SYSTEM, Kubernetes
 from tests.lab.apiserver_store import Key
 from tests.lab.cluster import Cluster
@@ -70,6 +72,39 @@ def test_a_lab_is_kept_on_request_and_made_anew_the_next_time(kubernetes: Kubern
     assert e2e(kubernetes, "--lab", "clusterip", "--keep").returncode == 0
     assert kubernetes.api.get("Service", "web", "kproxy-e2e-clusterip")["metadata"]["uid"] != kept["metadata"]["uid"]
     assert e2e(kubernetes, "--lab", "clusterip").returncode == 0
+
+
+@pytest.fixture
+def docker(kubernetes: Kubernetes, tmp_path: Path) -> Iterator[Fakes]:
+    """The nodes are containers of this machine, and its port 30007 leads to node port 30007 of the first."""
+    fakes = Fakes(tmp_path)
+    nodes = kubernetes.cluster.nodes
+    for node in nodes:
+        kubernetes.api.patch("Node", node.name, {"spec": {"providerID": f"kind://docker/kproxy/{node.name}"}})
+    with Forwarder(nodes[1], nodes[0].ipv4, 30007) as forwarder:
+        fakes.has_nodes({node.name: node.namespace.path for node in nodes}, f"127.0.0.1:{forwarder.port}")
+        yield fakes
+    for node in nodes:
+        kubernetes.api.patch("Node", node.name, {"spec": {"providerID": None}})
+
+
+def test_in_kind_the_mapped_port_answers_on_this_machine(kubernetes: Kubernetes, docker: Fakes) -> None:
+    docker.has_images("nginx")
+    done = e2e(kubernetes, "--lab", "nodeport", **on_path(docker))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "✓ both answer at http://localhost:" in done.stdout
+    assert docker.calls("kind") == ["kind load docker-image --name kproxy nginx"]
+
+
+def test_in_kind_the_rules_themselves_are_looked_at(kubernetes: Kubernetes, docker: Fakes) -> None:
+    done = e2e(kubernetes, "--lab", "cleanup", **on_path(docker))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "✓ every node's rules name its addresses and its node port" in done.stdout
+    assert "✓ no node's rules name any of that" in done.stdout
+
+
+def on_path(fakes: Fakes) -> dict[str, str]:
+    return fakes.environment(PATH=f"{fakes.path}:{os.environ['PATH']}")
 
 
 def test_pages_that_nobody_can_tell_apart_are_refused(kubernetes: Kubernetes) -> None:

@@ -25,9 +25,8 @@ def fakes(tmp_path: Path) -> Fakes:
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck on this machine")
 def test_shellcheck_finds_nothing() -> None:
-    done = subprocess.run(
-        ["shellcheck", "-x", *SCRIPTS, "common.sh"], cwd=KIND, capture_output=True, text=True, check=False
-    )
+    files = [KIND / name for name in (*SCRIPTS, "common.sh")]
+    done = subprocess.run(["shellcheck", *files], capture_output=True, text=True, check=False)
     assert done.stdout == ""
     assert done.returncode == 0
 

@@ -137,6 +137,12 @@ def daemon_sets(kubernetes: Kubernetes) -> set[str]:
     return {key.name for key in kubernetes.store.tables[DAEMON_SETS].objects}
 
 
+def capabilities(kubernetes: Kubernetes) -> list[str]:
+    template = kubernetes.store.get(DAEMON_SETS, Key(SYSTEM, "kproxy"))["spec"]["template"]
+    added: list[str] = template["spec"]["containers"][0]["securityContext"]["capabilities"]["add"]
+    return added
+
+
 def ruleset(kubernetes: Kubernetes) -> str:
     node = kubernetes.cluster.nodes[1]
     return node.exec("iptables-save") + node.exec("nft", "list", "tables")
@@ -188,6 +194,17 @@ def test_up_honours_the_variables_and_a_cluster_that_exists(
     assert images == {"registry.test:5000/kproxy:1"}
 
 
+def test_up_takes_over_where_the_configuration_has_kube_proxy(kubernetes: Kubernetes, fakes: Fakes) -> None:
+    run_kube_proxy(kubernetes, "iptables")
+    fakes.has_images("kproxy:dev")
+    done = run("up", env=environment(kubernetes, fakes))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "using the image kproxy:dev of this machine" in done.stdout
+    assert "this cluster runs kube-proxy: taking over from it" in done.stdout
+    assert "nftables mode, node node-2: nothing to change" in done.stdout
+    assert daemon_sets(kubernetes) == {"kproxy"}
+
+
 @pytest.mark.parametrize("mode", ["", "nftables"])
 def test_takeover_and_the_way_back_lose_no_connection(kubernetes: Kubernetes, fakes: Fakes, mode: str) -> None:
     run_kube_proxy(kubernetes, "iptables")
@@ -197,6 +214,7 @@ def test_takeover_and_the_way_back_lose_no_connection(kubernetes: Kubernetes, fa
         assert done.returncode == 0, done.stdout + done.stderr
         assert "kproxy has taken over on every node" in done.stdout
         assert daemon_sets(kubernetes) == {"kproxy"}
+        assert capabilities(kubernetes) == ["NET_ADMIN", "NET_RAW"]  # it must see legacy iptables, in any mode
         assert ("KUBE-SERVICES" in ruleset(kubernetes)) == (mode != "nftables")
         before = outcomes.total()
 
