@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -37,6 +38,14 @@ def test_a_machine_without_anything_of_ours(netns: Namespace) -> None:
     for variant in Variant:
         assert netns.run(cleanup.rules_left, variant, BOTH) == []
     assert netns.run(cleanup.servers_left, BOTH) == []
+
+
+def test_looking_where_there_is_nothing_does_not_load_pyroute2(netns: Namespace) -> None:
+    look = (
+        "import sys; from kproxy.dataplane.ipvs import cleanup; from kproxy.model import Family;"
+        "assert cleanup.servers_left(tuple(Family)) == []; print('pyroute2' in sys.modules)"
+    )
+    assert netns.command(sys.executable, "-c", look).stdout == "False\n"
 
 
 @pytest.mark.ipvs

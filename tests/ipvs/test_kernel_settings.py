@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from kproxy.dataplane.ipvs.settings import kernel_version, settings
+from kproxy import sysctl
+from kproxy.dataplane.ipvs.settings import kernel_version, settings, settings_here
+from tests.lab.namespaces import Namespace
 
 ALWAYS = {
     "proc/sys/net/ipv4/vs/conntrack": 1,
@@ -30,6 +32,13 @@ def test_strict_arp_answers_for_the_interface_that_was_asked() -> None:
         "proc/sys/net/ipv4/conf/all/arp_ignore": 1,
         "proc/sys/net/ipv4/conf/all/arp_announce": 2,
     }
+
+
+@pytest.mark.ipvs
+def test_the_kernel_takes_them(netns: Namespace) -> None:
+    wanted = settings_here(strict_arp=True)
+    assert netns.run(sysctl.apply, wanted)
+    assert netns.run(sysctl.apply, wanted) == []
 
 
 def test_a_release_that_is_none() -> None:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from kproxy.dataplane.base import ApplyError, Change, Key, UnsupportedError, Value, diff
+from kproxy.dataplane.base import ApplyError, Change, Entries, Key, UnsupportedError, Value, diff
 from kproxy.dataplane.iptables import commands
 from kproxy.dataplane.iptables import entries as iptables_mode
 from kproxy.dataplane.iptables import jumps as iptables_jumps
@@ -29,7 +29,6 @@ from kproxy.dataplane.ipvs.entries import STRAY, DeviceKey, RealServerKey, RuleK
 from kproxy.dataplane.ipvs.jumps import CHAINS, JUMPS
 from kproxy.dataplane.ipvs.names import DEVICE
 from kproxy.dataplane.ipvs.ownership import Ownership
-from kproxy.dataplane.ipvs.servers import Servers
 from kproxy.model import Family
 from kproxy.node_addresses import local_addresses
 
@@ -72,24 +71,30 @@ def remove_rules(variant: Variant, changes: Iterable[Change]) -> None:
 
 
 def servers_left(families: Sequence[Family], excluded: Iterable[str] = ()) -> list[Change]:
-    """Virtual servers, the device and sets to remove. Changes nothing, and loads no module. Raises OSError.
+    """Virtual servers, the device and sets to remove. Changes nothing, loads no module. Raises OSError.
 
     Real servers, addresses and members go with them. `excluded`: CIDRs whose virtual servers stay.
     """
     sets = ipset.read(families) if Path("/sys/module/ip_set").exists() else {}
+    noted = sets | dict.fromkeys(device.addresses(), EXISTS)
     found: dict[Key, Value] = {}
-    if Path("/proc/thread-self/net/ip_vs").exists():
-        known = local_addresses(DEVICE)
-        local = {address for family in families for address in usable(known, family)}
-        noted = sets | dict.fromkeys(device.addresses(), EXISTS)
-        with Servers() as servers:
-            present = {server.key: server.value for server in servers.virtual_servers()}
-        candidates = [key for key in present if key.family in families]
-        found |= {key: present[key] for key in Ownership(excluded).ours(candidates, noted, local)}
+    if noted and Path("/proc/thread-self/net/ip_vs").exists():
+        found |= _virtual_servers(families, noted, Ownership(excluded))
     if device.index():
         found[DeviceKey()] = EXISTS
     found |= {key: value for key, value in sets.items() if isinstance(value, SetType)}
     return diff({}, found)
+
+
+def _virtual_servers(families: Sequence[Family], noted: Entries, ownership: Ownership) -> dict[Key, Value]:
+    from kproxy.dataplane.ipvs.servers import Servers  # with pyroute2, which machines without ipvs mode need not load
+
+    known = local_addresses(DEVICE)
+    local = {address for family in families for address in usable(known, family)}
+    with Servers() as servers:
+        present = {server.key: server.value for server in servers.virtual_servers()}
+    candidates = [key for key in present if key.family in families]
+    return {key: present[key] for key in ownership.ours(candidates, noted, local)}
 
 
 def remove_servers(changes: Sequence[Change]) -> None:
@@ -100,6 +105,8 @@ def remove_servers(changes: Sequence[Change]) -> None:
     try:
         failed: dict[Key, str] = {}
         if virtual_servers:
+            from kproxy.dataplane.ipvs.servers import Servers
+
             with Servers() as servers:
                 failed |= _explained(servers.remove(virtual_servers))
         if DeviceKey() in values:

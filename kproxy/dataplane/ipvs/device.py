@@ -10,9 +10,6 @@ import socket
 import struct
 from collections.abc import Iterable
 
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
-
 from kproxy.dataplane.base import UnsupportedError
 from kproxy.dataplane.ipvs.entries import AddressKey
 from kproxy.dataplane.ipvs.names import DEVICE
@@ -63,6 +60,9 @@ def remove() -> None:
 
 
 def _link(command: str, what: dict[str, str | int], done_already: int) -> None:
+    from pyroute2 import IPRoute  # 22 MB, and who only looks does not need it
+    from pyroute2.netlink.exceptions import NetlinkError
+
     try:
         with IPRoute() as route:
             route.link(command, **what)

@@ -1,6 +1,7 @@
 """Sets of the kernel's ipset, over netlink: pyroute2 makes and destroys them, members go in many to a message.
 
 Formats: linux/netfilter/ipset/ip_set.h. IPv4 and IPv6 need sets of their own, but share one space of names.
+pyroute2 is imported where it is used: other modes read sets, too, to see whether there are any left to remove.
 """
 
 from __future__ import annotations
@@ -11,11 +12,7 @@ import socket
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-from pyroute2 import IPSet
-from pyroute2.netlink.exceptions import NetlinkError
-from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_IPSET
-from pyroute2.netlink.nfnetlink.ipset import IPSET_CMD_ADD, IPSET_CMD_DEL, IPSET_CMD_LIST
+from typing import Any
 
 from kproxy.dataplane.base import Entries, UnsupportedError
 from kproxy.dataplane.iptables.entries import EXISTS
@@ -26,7 +23,7 @@ from kproxy.model import Family, Protocol
 from kproxy.netlink import NetlinkSocket, Request, attribute, attributes, nested
 
 _NETLINK_NETFILTER = 12
-_SUBSYSTEM = NFNL_SUBSYS_IPSET << 8
+_LIST, _ADD, _DELETE = 6 << 8 | 7, 6 << 8 | 9, 6 << 8 | 10  # NFNL_SUBSYS_IPSET, IPSET_CMD_*
 _PROTOCOL_VERSION = 6  # since Linux 2.6.39; 7 adds what is not used here
 _HEADER = struct.pack("=BBH", socket.AF_INET, 0, 0)  # nfgenmsg; the family is that of the set, whatever is said here
 
@@ -61,6 +58,9 @@ def explain(code: int) -> str:
 
 def probe() -> None:
     """Find out whether the kernel has ipset, in a version that will do. Raises UnsupportedError and OSError."""
+    from pyroute2 import IPSet
+    from pyroute2.netlink.exceptions import NetlinkError
+
     try:
         with IPSet() as sets:
             (answer,) = sets.get_proto_version()
@@ -77,7 +77,7 @@ def read(families: Iterable[Family]) -> Entries:
     with NetlinkSocket(_NETLINK_NETFILTER) as kernel:
         for family, name in ((family, set_name(name, family)) for family in families for name in SETS):
             try:
-                messages = list(kernel.dump(Request(_SUBSYSTEM | IPSET_CMD_LIST, _message(name))))
+                messages = list(kernel.dump(Request(_LIST, _message(name))))
             except OSError as error:
                 if error.errno == _NO_SUCH_SET:
                     continue
@@ -103,6 +103,9 @@ def _type(fields: Mapping[int, bytes], family: Family) -> SetType | None:
 
 def make(wanted: Mapping[SetKey, SetType]) -> dict[SetKey, int]:
     """Make sets, in place of those of another type. Returns the errno of each that could not be made."""
+    from pyroute2 import IPSet
+    from pyroute2.netlink.exceptions import NetlinkError
+
     failed = {}
     with IPSet() as sets:
         for key, value in wanted.items():
@@ -121,7 +124,7 @@ def make(wanted: Mapping[SetKey, SetType]) -> dict[SetKey, int]:
     return failed
 
 
-def _create(sets: IPSet, key: SetKey, value: SetType) -> None:
+def _create(sets: Any, key: SetKey, value: SetType) -> None:
     size: dict[str, object] = {"hashsize": 1024, "maxelem": 65536}
     if value.kind is SetKind.PORT:
         size = {"bitmap_ports_range": (0, 65535)}
@@ -130,6 +133,9 @@ def _create(sets: IPSet, key: SetKey, value: SetType) -> None:
 
 def destroy(keys: Iterable[SetKey]) -> dict[SetKey, int]:
     """Remove sets with their members. Returns the errno of each that could not go, such as one that a rule names."""
+    from pyroute2 import IPSet
+    from pyroute2.netlink.exceptions import NetlinkError
+
     failed = {}
     with IPSet() as sets:
         for key in keys:
@@ -143,12 +149,12 @@ def destroy(keys: Iterable[SetKey]) -> dict[SetKey, int]:
 
 def add(keys: Iterable[MemberKey]) -> dict[MemberKey, int]:
     """Add members; those that are there stay. Returns the errno of each that was refused. Raises OSError."""
-    return _send(IPSET_CMD_ADD, keys)
+    return _send(_ADD, keys)
 
 
 def delete(keys: Iterable[MemberKey]) -> dict[MemberKey, int]:
     """Remove members, unless they have gone. Returns the errno of each that was refused. Raises OSError."""
-    return {key: code for key, code in _send(IPSET_CMD_DEL, keys).items() if code != _NO_SUCH_SET}
+    return {key: code for key, code in _send(_DELETE, keys).items() if code != _NO_SUCH_SET}
 
 
 def _send(command: int, keys: Iterable[MemberKey]) -> dict[MemberKey, int]:
@@ -163,7 +169,7 @@ def _send(command: int, keys: Iterable[MemberKey]) -> dict[MemberKey, int]:
             # One by one: the answer to a refused message repeats it, and many of them are more than a socket holds.
             for group in groups:
                 payload = _message(group[0].set_name, [key.member for key in group])
-                (code,) = kernel.acknowledged([Request(_SUBSYSTEM | command, payload)])
+                (code,) = kernel.acknowledged([Request(command, payload)])
                 yield group, code
 
         for part, code in carry_out(parts):

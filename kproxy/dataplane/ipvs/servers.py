@@ -35,7 +35,7 @@ _GONE = frozenset((errno.ESRCH, errno.ENOENT))
 _SERVICE, _DEST = 1, 2
 _AF, _SERVICE_PROTOCOL, _SERVICE_ADDRESS, _SERVICE_PORT = 1, 2, 3, 4
 _ADDRESS, _PORT, _FORWARDING, _WEIGHT, _UPPER, _LOWER, _ACTIVE, _INACTIVE = range(1, 9)
-_DEST_FAMILY, _STATS64 = 11, 12
+_STATS, _DEST_FAMILY, _STATS64 = range(10, 13)
 _STATS_CONNECTIONS = 1
 _GENERIC_HEADER = struct.Struct("=BBH")  # command, version, reserved
 _SHORT, _NUMBER, _BIG_SHORT = struct.Struct("=H"), struct.Struct("=I"), struct.Struct("!H")
@@ -262,13 +262,13 @@ def _real_server(of: VirtualServerKey, payload: bytes) -> FoundRealServer:
     address = socket.inet_ntop(family, fields[_ADDRESS][:size])
     (port,) = _BIG_SHORT.unpack(fields[_PORT])
     connections = _number(fields, _ACTIVE) + _number(fields, _INACTIVE)
-    total = int.from_bytes(attributes(fields[_STATS64])[_STATS_CONNECTIONS], sys.byteorder) if _STATS64 in fields else 0
+    statistics = attributes(fields.get(_STATS64) or fields[_STATS])  # the longer ones since Linux 4.1
     return FoundRealServer(
         RealServerKey(*of, address, port),
         _number(fields, _WEIGHT),
         _number(fields, _FORWARDING) & _METHODS == _MASQUERADE,
         connections,
-        total,
+        int.from_bytes(statistics[_STATS_CONNECTIONS], sys.byteorder),
     )
 
 
