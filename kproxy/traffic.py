@@ -1,22 +1,30 @@
-"""New connections for each frontend and endpoint, from the counters in the kernel's maps."""
+"""New connections for each frontend and endpoint, from the kernel's counters: those of maps, or those of rules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
+from kproxy.dataplane.iptables.commands import Variant
+from kproxy.dataplane.iptables.counters import Taken, Translated, dropped, translated
+from kproxy.dataplane.iptables.names import hash16, identity
 from kproxy.dataplane.nftables.containers import CONTAINERS, Container
 from kproxy.dataplane.nftables.fields import PROTOCOL
 from kproxy.dataplane.nftables.kernel import NftablesKernel
 from kproxy.metrics.connections import Reading
 from kproxy.model import Endpoint, Family, Frontend, Protocol, ServicePortName
 
+Owner = Callable[[Frontend], ServicePortName | None]
+
+_SLOW_SECONDS = 0.5
+_PAUSE = 9  # times as long as reading took: counters take at most a tenth of a core
+
 
 class Traffic:
     """Reads the counters, from any thread, over a socket of its own. `owner` tells whose a frontend is."""
 
-    def __init__(
-        self, families: Sequence[Family], owner: Callable[[Frontend], ServicePortName | None], counted_endpoints: int
-    ) -> None:
+    def __init__(self, families: Sequence[Family], owner: Owner, counted_endpoints: int) -> None:
         self._kernel = NftablesKernel(families, counted_endpoints=counted_endpoints)
         self._counted = [c for c in CONTAINERS.values() if c.counter and c.family in families]
         self._owner = owner
@@ -40,5 +48,99 @@ def _frontend(where: Container, key: bytes) -> Frontend:
 
 
 def _endpoint(where: Container, value: bytes) -> Endpoint:
-    address, _, port = where.show_address_port(value).rpartition(":")
+    return _address_and_port(where.show_address_port(value))
+
+
+class RuleTraffic:
+    """Reads the counters of iptables rules, from any thread. `owner` tells whose a frontend is.
+
+    Where reading takes long, what was read is given again for a while.
+    """
+
+    def __init__(
+        self, variant: Variant, families: Sequence[Family], owner: Owner, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._variant = variant
+        self._owner = owner
+        self._clock = clock
+        self._accepted: dict[Family, _Accepted] = {family: {} for family in families}
+        self._readings: list[Reading] = []
+        self._read_again_at = 0.0
+
+    def readings(self) -> Sequence[Reading]:
+        """Every counter of a frontend or endpoint that is in use. Raises OSError."""
+        started = self._clock()
+        if self._readings and started < self._read_again_at:
+            return self._readings
+        readings = [reading for family in self._accepted for reading in self._of(family)]
+        ended = self._clock()
+        slow = ended - started > _SLOW_SECONDS
+        self._readings = readings if slow else []
+        self._read_again_at = ended + _PAUSE * (ended - started)
+        return readings
+
+    def _of(self, family: Family) -> Iterator[Reading]:
+        before, now = self._accepted[family], _Accepted()
+        counted = translated(self._variant, family)
+        if _all_fell((count.taken.packets, _packets(counted, at)) for (_, at), count in before.items()):
+            counted = translated(self._variant, family)
+        refused = dropped(self._variant, family)
+        if _all_fell((count.dropped, refused.get(at)) for (_, at), count in before.items()):
+            refused = dropped(self._variant, family)
+        owners: dict[str, ServicePortName] = {}
+        for frontend, taken in counted.frontends.items():
+            name = self._owner(frontend)
+            if name is None or hash16(identity(name)) != taken.hash16:
+                continue  # rules of a service port that has just gone, or lost this frontend
+            owners[taken.hash16] = name
+            count = _Count.of(before.get((name, frontend)), taken, refused[frontend])
+            now[name, frontend] = count
+            yield Reading(name, frontend, frontend, count.accepted)
+        self._accepted[family] = now
+        for given in counted.endpoints:
+            if owner := owners.get(given.hash16):
+                yield Reading(owner, _address_and_port(given.destination), given.rule, given.packets)
+
+
+class _Count(NamedTuple):
+    """What came to a frontend, and what of it was not dropped."""
+
+    taken: Taken
+    dropped: int
+    early: int  # dropped, as was seen before it was seen that it had come
+    accepted: int
+
+    @classmethod
+    def of(cls, before: _Count | None, taken: Taken, dropped: int) -> _Count:
+        """Bring it forward. It never falls, for a counter that has fallen is a new one."""
+        if before is None:
+            return cls(taken, dropped, 0, max(0, taken.packets - dropped))
+        taken_before = before.taken.packets if before.taken.chain == taken.chain else 0
+        more = _growth(taken_before, taken.packets) - _growth(before.dropped, dropped)
+        return cls(taken, dropped, max(0, -more), before.accepted + max(0, more - before.early))
+
+
+_Accepted = dict[tuple[ServicePortName, Frontend], _Count]
+
+
+def _growth(before: int, now: int) -> int:
+    return now - before if now >= before else now
+
+
+def _packets(counted: Translated, frontend: Frontend) -> int | None:
+    taken = counted.frontends.get(frontend)
+    return taken.packets if taken else None
+
+
+def _all_fell(counters: Iterable[tuple[int, int | None]]) -> bool:
+    """Whether every counter, before and now, starts anew. None: it has gone.
+
+    A legacy table is replaced as a whole, and for a moment has no counts until iptables gives it the old ones.
+    """
+    counted = [(before, now) for before, now in counters if before and now is not None]
+    return bool(counted) and all(now < before for before, now in counted)
+
+
+def _address_and_port(text: str) -> Endpoint:
+    address, _, port = text.rpartition(":")
     return Endpoint(address.strip("[]"), int(port))

@@ -27,6 +27,7 @@ from kproxy.node_addresses import PRIMARY, accepts_ipv4_loopback, node_port_cidr
 from kproxy.proxy import Observer
 from kproxy.reconcile import SyncReport
 from kproxy.sysctl import current
+from kproxy.traffic import RuleTraffic
 
 log = structlog.get_logger(__name__)
 
@@ -87,9 +88,9 @@ class Iptables:
             _Accounting(registry, self._counters)
         return [_Measured(self.kernel, IptablesMetrics(registry))]
 
-    def readings(self, state: ClusterState) -> Callable[[], Iterable[Reading]]:  # noqa: ARG002
+    def readings(self, state: ClusterState) -> Callable[[], Iterable[Reading]]:
         """See `kproxy.modes.base.Mode`."""
-        return tuple
+        return RuleTraffic(self.kernel.variant, self.kernel.families, state.owner).readings
 
     def is_exposed(self) -> bool:
         """See `kproxy.modes.base.Mode`. Not before the first sync, which reads everything anyhow."""

@@ -1,0 +1,142 @@
+"""The packet counters of rules, by frontend and endpoint.
+
+Only a connection's first packet passes the nat table, so its counters count connections. Of a rule that only one
+service port has, where it goes is all that matters here: such rules are too many to be taken apart at each scrape.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from kproxy.dataplane.iptables import names
+from kproxy.dataplane.iptables.commands import Variant, program
+from kproxy.dataplane.iptables.names import Table
+from kproxy.dataplane.iptables.parse import parse_rule
+from kproxy.dataplane.iptables.rule import Jump, Network, Rule, Transport
+from kproxy.dataplane.iptables.variant import legacy_tables
+from kproxy.model import Family, Frontend, Protocol
+
+_DNAT = "-j DNAT --to-destination "
+_JUMP = "-j "
+_BALANCED_IN = (names.CLUSTER_POLICY, names.LOCAL_POLICY)
+
+
+class Taken(NamedTuple):
+    """First packets that a frontend's rule has taken to a service port's chains."""
+
+    chain: str
+    packets: int
+
+    @property
+    def hash16(self) -> str:
+        """Tells the service port: `names.hash16`."""
+        return _hash16(self.chain)
+
+
+class Given(NamedTuple):
+    """First packets that were sent to an endpoint."""
+
+    hash16: str
+    rule: str
+    destination: str  # address:port
+    packets: int
+
+
+class Translated(NamedTuple):
+    """What the nat table has counted in one family."""
+
+    frontends: dict[Frontend, Taken]
+    endpoints: list[Given]
+
+
+def translated(variant: Variant, family: Family) -> Translated:
+    """Read the nat table in the calling thread's network namespace, without a lock. Raises OSError.
+
+    Taken are also packets that no rule translated in the end; `dropped` has them.
+    """
+    frontends: dict[Frontend, Taken] = {}
+    balanced: dict[str, str] = {}  # an endpoint's chain: the hash of the service port that jumps there
+    given: dict[str, tuple[str, str, int]] = {}
+    for packets, chain, rule in _counted(variant, family, "nat"):
+        if chain.startswith(names.ENDPOINT):
+            _, found, destination = rule.rpartition(_DNAT)
+            if found:
+                given.setdefault(chain, (rule, destination, packets))
+        elif chain.startswith(_BALANCED_IN):
+            target = rule.rpartition(_JUMP)[2]
+            if target.startswith(names.ENDPOINT):
+                balanced[target] = _hash16(chain)
+        elif chain == names.SERVICES:
+            # An address that is a load balancer's and an external IP has a rule of each. Who meets the second has
+            # passed the first.
+            if taken := _taken(rule, packets, family):
+                frontends.setdefault(*taken)
+        elif chain == names.NODE_PORTS and (taken := _taken(rule, packets, family)):
+            frontend = taken[0]._replace(address="")  # loopback may have a rule of its own
+            before = frontends.get(frontend)
+            frontends[frontend] = Taken(taken[1].chain, packets + (before.packets if before else 0))
+    endpoints = [
+        Given(balanced[chain], rule, destination, packets)
+        for chain, (rule, destination, packets) in given.items()
+        if chain in balanced
+    ]
+    return Translated(frontends, endpoints)
+
+
+def dropped(variant: Variant, family: Family) -> Counter[Frontend]:
+    """Packets to frontends that the filter table has dropped after nat had taken them. Raises OSError.
+
+    That is where source ranges leave a client out, or where the policy is Local and there is no endpoint on this node.
+    """
+    found: Counter[Frontend] = Counter()
+    for packets, chain, rule in _counted(variant, family, "filter"):
+        if chain in (names.PROXY_FIREWALL, names.EXTERNAL_SERVICES):
+            parsed = parse_rule(rule, family)
+            frontend = _frontend(parsed, family) if isinstance(parsed, Rule) else None
+            if frontend and parsed.target == Jump("DROP"):
+                found[frontend] += packets
+    return found
+
+
+def _counted(variant: Variant, family: Family, table: Table) -> Iterator[tuple[int, str, str]]:
+    """The rules of a table: packets, chain, and what follows `-A CHAIN `. Asks for no table that there is not."""
+    if variant is Variant.LEGACY and table not in legacy_tables(family):
+        return
+    command = [program(variant, family, "save"), "--counters", "--table", table]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as saving:
+        for line in saving.stdout or ():
+            if line.startswith("["):
+                counters, _, chain, *rule = line.rstrip("\n").split(" ", 3)
+                yield int(counters[1:].partition(":")[0]), chain, rule[0] if rule else ""
+    if saving.returncode:
+        raise OSError(f"{' '.join(command)}: exit status {saving.returncode}")
+
+
+def _taken(text: str, packets: int, family: Family) -> tuple[Frontend, Taken] | None:
+    """The frontend of a rule that takes everyone who comes to it to chains of a service port."""
+    rule = parse_rule(text, family)
+    if not isinstance(rule, Rule) or not isinstance(rule.target, Jump) or rule.source or rule.in_interface:
+        return None
+    frontend = _frontend(rule, family)
+    if frontend is None or not rule.target.to.startswith(names.SERVICE_PREFIXES):
+        return None
+    return frontend, Taken(rule.target.to, packets)
+
+
+def _frontend(rule: Rule, family: Family) -> Frontend | None:
+    for match in rule.matches:
+        if isinstance(match, Transport) and match.destination_port:
+            address = _address(rule.destination)
+            return Frontend(family, address, Protocol(match.protocol.upper()), match.destination_port)
+    return None
+
+
+def _address(destination: Network | None) -> str:
+    return destination.cidr.partition("/")[0] if destination else ""
+
+
+def _hash16(chain: str) -> str:
+    return chain.rpartition("-")[2]
