@@ -116,7 +116,10 @@ deploy() {
         [ -z "$pods" ] || fill_in "$config" "# clusterCIDR:" "s|^# clusterCIDR:.*|clusterCIDR: $pods|"
         [ -z "$(kind_cluster)" ] || leave_conntrack_alone "$config"
     fi
+    before=$($kube_system get daemonset kproxy -o name 2>/dev/null) || before=""
     kubectl apply -k "$work/deploy/overlays/$1"
+    # A change of the configuration alone would not be noticed.
+    [ -z "$before" ] || $kube_system rollout restart daemonset/kproxy
 }
 
 # The pods of nftables mode will see what kube-proxy has left in legacy iptables, too.

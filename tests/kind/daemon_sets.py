@@ -7,6 +7,7 @@ written to a directory, and that takes the place of the mount path in arguments 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class _Daemon:
     def __init__(self, node: Node, container: Object, process: ProxyProcess, mounts: dict[str, Path]) -> None:
         self.node, self.process, self._mounts = node, process, mounts
         self._probed = "readinessProbe" in container
-        self.updated = True
+        self.version = 0  # of the template that it was started with
 
     def here(self, text: str) -> str:
         """A text with the paths of this machine in it."""
@@ -53,7 +54,9 @@ class DaemonSets:
         self._cluster, self._directory = cluster, directory
         self._store = cluster.api.store
         self._daemons: dict[str, list[_Daemon]] = {}
+        self._versions: Counter[str] = Counter()  # of the templates
         self._lock = threading.RLock()
+        self._rolling = threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="daemonsets", daemon=True)
         self._thread.start()
@@ -73,6 +76,7 @@ class DaemonSets:
         name, namespace = written["metadata"]["name"], written["metadata"]["namespace"]
         template = written["spec"]["template"]
         with self._lock:
+            self._versions[name] = 0
             mounts = self._mount(namespace, template["spec"])
             self._daemons[name] = [self._daemon(name, node, template["spec"], mounts) for node in self._cluster.nodes]
             for daemon in self._daemons[name]:
@@ -81,11 +85,11 @@ class DaemonSets:
                 self._store.put(PODS, {"metadata": metadata, "spec": spec, "status": {"phase": "Running"}})
             self._show(Key(namespace, name))
 
-    def restarted(self, key: Key) -> None:
-        """Replace its processes one after the other."""
+    def restarted(self, key: Key, written: Object) -> None:
+        """Replace its processes one after the other, by what it says now."""
         with self._lock:
-            for daemon in self._daemons[key.name]:
-                daemon.updated = False
+            self._mount(key.namespace, written["spec"]["template"]["spec"])
+            self._versions[key.name] += 1
             self._show(key)
         thread = threading.Thread(target=self._roll, args=(key,), daemon=True)
         thread.start()
@@ -151,12 +155,16 @@ class DaemonSets:
         return mounts
 
     def _roll(self, key: Key) -> None:
-        for daemon in self._daemons[key.name]:
-            daemon.process.stop()
-            daemon.process.start()
-            while not daemon.ready and not self._closed.wait(_POLL_SECONDS):
-                pass
-            daemon.updated = True
+        with self._rolling:
+            for daemon in self._daemons[key.name]:
+                version = self._versions[key.name]
+                if daemon.version == version:
+                    continue
+                daemon.process.stop()
+                daemon.process.start()
+                while not daemon.ready and not self._closed.wait(_POLL_SECONDS):
+                    pass
+                daemon.version = version
 
     def _follow(self) -> None:
         while not self._closed.wait(_POLL_SECONDS):
@@ -169,7 +177,7 @@ class DaemonSets:
         daemons = self._daemons[key.name]
         ready = sum(daemon.ready for daemon in daemons)
         counts = {"desiredNumberScheduled": len(daemons), "currentNumberScheduled": len(daemons)}
-        counts |= {"updatedNumberScheduled": sum(daemon.updated for daemon in daemons)}
+        counts |= {"updatedNumberScheduled": sum(daemon.version == self._versions[key.name] for daemon in daemons)}
         counts |= {"numberReady": ready, "numberAvailable": ready}
         try:
             self._store.patch(DAEMON_SETS, key, {"status": counts})

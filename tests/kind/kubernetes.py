@@ -291,9 +291,10 @@ class KubectlHandler(Handler):
             case resource, "delete" if resource == DAEMON_SETS:
                 kubernetes.daemon_sets.deleted(target.key)
                 return 200, {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}
-            case resource, "patch" if resource == DAEMON_SETS:  # a strategic patch of annotations is a merge patch
-                patched = store.patch(DAEMON_SETS, target.key, json.loads(body))
-                kubernetes.daemon_sets.restarted(target.key)
+            case resource, "patch" if resource in OURS:
+                patched = store.patch(resource, target.key, _without_lists(json.loads(body)))
+                if resource == DAEMON_SETS:
+                    kubernetes.daemon_sets.restarted(target.key, patched)
                 return 200, patched
             case resource, "create" if resource == PODS:
                 body = json.dumps({**json.loads(body), "status": {"phase": "Pending"}}).encode()
@@ -313,6 +314,14 @@ class KubectlHandler(Handler):
         command = parse_qs(urlsplit(self.path).query)["command"]
         result = self._kubernetes.exec(target.namespace or "", target.name, command)
         websocket.send_result(self.wfile, *result)
+
+
+def _without_lists(patch: Object) -> Object:
+    """A merge patch for kubectl's strategic patches: those of `apply` carry the whole object, others have no lists."""
+    applied = patch.get("metadata", {}).get("annotations", {}).get("kubectl.kubernetes.io/last-applied-configuration")
+    if applied is None:
+        return patch
+    return {**json.loads(applied), "metadata": patch["metadata"]}
 
 
 def _find(path: str) -> tuple[Target, str]:

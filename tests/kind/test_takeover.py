@@ -162,7 +162,7 @@ def test_up_goes_from_nothing_to_a_cluster_that_works(kubernetes: Kubernetes, fa
     fakes.has_images("kindest/node:v1.35.0", "kindest/node:v1.36.1")
     done = run("up", "--mode", mode, env=environment(kubernetes, fakes))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert fakes.calls("make") == [f"make -C {KIND.parent} image IMAGE=kproxy:dev"]
+    assert fakes.calls("make") == [f"make -C {KIND.parent} image IMAGE=kproxy:dev ENGINE=docker"]
     assert fakes.calls("kind") == [
         f"kind create cluster --name kproxy --config {KIND}/cluster.yaml --image kindest/node:v1.36.1",
         "kind load docker-image --name kproxy kproxy:dev",
@@ -192,6 +192,17 @@ def test_up_honours_the_variables_and_a_cluster_that_exists(
     spec = kubernetes.store.get(DAEMON_SETS, Key(SYSTEM, "kproxy"))["spec"]["template"]["spec"]
     images = {container["image"] for container in spec["containers"] + spec["initContainers"]}
     assert images == {"registry.test:5000/kproxy:1"}
+
+
+def test_up_again_changes_the_mode(kubernetes: Kubernetes, fakes: Fakes) -> None:
+    fakes.has_images("kproxy:dev")
+    assert run("up", "--mode=iptables", env=environment(kubernetes, fakes)).returncode == 0
+    done = run("up", "--mode=nftables", env=environment(kubernetes, fakes))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cluster kproxy exists: kproxy goes there" in done.stdout
+    assert "nftables mode, node node-2: nothing to change" in done.stdout
+    assert "KUBE-SERVICES" not in ruleset(kubernetes)
+    assert kubernetes.cluster.nodes[1].get(f"http://{ADDRESS}/").pod == "web-1"
 
 
 def test_up_takes_over_where_the_configuration_has_kube_proxy(kubernetes: Kubernetes, fakes: Fakes) -> None:
