@@ -9,6 +9,7 @@ import pytest
 
 from kproxy.dataplane.base import ApplyError, diff
 from kproxy.dataplane.iptables import fixed as iptables_fixed
+from kproxy.dataplane.iptables import render as iptables_render
 from kproxy.dataplane.iptables.commands import Variant
 from kproxy.dataplane.iptables.kernel import IptablesKernel
 from kproxy.dataplane.iptables.options import Options
@@ -121,3 +122,19 @@ def test_iptables_mode_that_took_over_keeps_its_chains(host: Host) -> None:
     assert host.command("ipset", "list", "-n") == ""
     for family, before in zip(Family, without, strict=True):
         assert sorted(host.saved(family)) == sorted(before)
+
+
+@pytest.mark.ipvs
+def test_ipvs_mode_takes_the_chains_of_iptables_mode_over(host: Host) -> None:
+    kernel = host.netns.run(lambda: IptablesKernel(BOTH, Variant.LEGACY, guards_localhost=False))
+    before = iptables_fixed.render_base(FACTS, Options())
+    for number in range(1, 13):
+        before |= iptables_render.render_route(route(V4, number, 1), FACTS, Options())
+    host.netns.run(kernel.apply, diff(before, {}))
+
+    wanted = entries(*(route(V4, number, 1) for number in range(1, 13)))
+    host.bring_to(wanted)
+
+    assert diff(wanted, host.read()) == []
+    assert not [line for line in host.saved() if line.startswith("-A KUBE-SERVICES") and "KUBE-SVC-" in line]
+    assert [line for line in host.saved() if line.startswith(":KUBE-SVC-")]  # unused now, and not ours to remove

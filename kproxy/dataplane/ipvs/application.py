@@ -2,7 +2,8 @@
 
 IPVS, interfaces, ipsets and iptables know no common transaction. So no step relies on a later one: sets and rules,
 addresses, virtual servers, real servers come in this order and go in the other, and each step may be repeated. Nothing
-goes before all that comes is there. Where the kernel refuses some of that, the rest is taken back.
+goes before all that comes is there; so rules of iptables mode serve until virtual servers can. Where the kernel refuses
+something that comes, the rest is taken back.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Application:
         self._put: defaultdict[type, dict[Any, Any]] = defaultdict(dict)
         self._removed: defaultdict[type, list[Any]] = defaultdict(list)
         self._rules: defaultdict[Family, list[Change]] = defaultdict(list)
+        self._old_rules: defaultdict[Family, list[Change]] = defaultdict(list)
 
     def run(self, changes: Iterable[Change]) -> None:
         """All steps. Raises ApplyError; if it is not transient and something was to be made, nothing is in force."""
@@ -61,7 +63,7 @@ class Application:
             self._changes[change.key] = change
             match change.key:
                 case ChainKey(family) | RuleKey(family) | JumpKey(family):
-                    self._rules[family].append(change)
+                    (self._old_rules if change.new is None else self._rules)[family].append(change)
                 case key if change.new is None:
                     self._removed[type(key)].append(key)
                 case key:
@@ -97,9 +99,7 @@ class Application:
             self._step(ipset.make, put[SetKey], ipset.explain)
         # Who is in this set may come only from certain sources, so these have to be there before.
         self._step(ipset.add, sorted(put[MemberKey], key=_is_limit), ipset.explain)
-        for family, of_family in sorted(self._rules.items()):
-            with self._told():
-                tables.write(self._variant, family, of_family)
+        self._write_rules(self._rules)
         if put[DeviceKey]:
             with self._told():
                 device.make()
@@ -117,6 +117,7 @@ class Application:
         gone -= self._step(self._servers.remove, gone).keys()
         self._ownership.removed(gone)
         self._draining.end_of(gone)
+        self._write_rules(self._old_rules)
         self._step(ipset.delete, sorted(removed[MemberKey], key=_is_limit, reverse=True), ipset.explain)
         self._step(device.unbind, removed[AddressKey])
         if removed[SetKey]:
@@ -124,6 +125,11 @@ class Application:
         if removed[DeviceKey]:
             with self._told():
                 device.remove()
+
+    def _write_rules(self, changes: Mapping[Family, list[Change]]) -> None:
+        for family, of_family in sorted(changes.items()):
+            with self._told():
+                tables.write(self._variant, family, of_family)
 
     def _retire(self, keys: list[RealServerKey]) -> None:
         """Take real servers out of service: at once, or when their TCP connections have ended."""
