@@ -9,11 +9,10 @@ from labs.kubectl import LabError, Object, expect, get, wait_for
 from labs.lab import Lab, in_url
 from labs.manifests import NGINX, UNREADY, deployment, service
 from labs.nodes import KindCluster, wait_until_programmed
-from labs.services import start_web
+from labs.services import create_balanced, start_web
 
 _REPLICAS = 3
 _COUNTERS = re.compile(r"\[\d+:\d+\]|packets \d+ bytes \d+")  # their figures could look like a port
-_EXTERNAL_IP = {4: "203.0.113.20", 6: "2001:db8:113::20"}
 
 
 def pod_deletion(lab: Lab) -> None:
@@ -66,7 +65,7 @@ def affinity(lab: Lab) -> None:
         lab.in_pod(chosen, "touch", UNREADY)
         lab.answers(url, other)
         lab.in_pod(chosen, "rm", UNREADY)
-    lab.patch("web", {"spec": {"sessionAffinity": "None"}})
+    lab.patch("web", {"spec": {"sessionAffinity": "None", "sessionAffinityConfig": None}})
     with lab.check("without affinity both answer again"):
         lab.answers(url, "nginx", "httpd")
 
@@ -97,12 +96,10 @@ def cleanup(lab: Lab) -> None:
     """A Service that is deleted leaves no rule"""
     with lab.check("nginx and httpd run"):
         start_web(lab)
-    lab.create(service("web", "web", type="NodePort"))
+    external = create_balanced(lab)
     address = lab.cluster_ip("web")
-    external = _EXTERNAL_IP[6 if ":" in address else 4]
-    lab.patch("web", {"spec": {"externalIPs": [external]}})
     port = str(lab.get("service", "web")["spec"]["ports"][0]["nodePort"])
-    with lab.check("it answers at its ClusterIP and its external IP"):
+    with lab.check("it answers at its ClusterIP and at its load balancer address"):
         for frontend in (address, external):
             lab.answers(f"http://{in_url(frontend)}/", "nginx", "httpd")
     with lab.check("every node's kernel holds what it should, and nothing else"):

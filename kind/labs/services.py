@@ -17,6 +17,15 @@ def start_web(lab: Lab) -> None:
     lab.start(server("nginx", NGINX, "web"), server("httpd", HTTPD, "web"))
 
 
+def create_balanced(lab: Lab) -> str:
+    """Create the Service `web` with a load balancer's address, and return that."""
+    # With a class of its own, so that no load balancer controller of the cluster takes it.
+    lab.create(service("web", "web", type="LoadBalancer", loadBalancerClass="kproxy.dev/e2e"))
+    address = _INGRESS[6 if ":" in lab.cluster_ip("web") else 4]
+    lab.patch("web", {"status": {"loadBalancer": {"ingress": [{"ip": address}]}}}, "--subresource=status")
+    return address
+
+
 def node_port(lab: Lab) -> None:
     """nginx and httpd behind one NodePort Service"""
     with lab.check("nginx and httpd run"):
@@ -72,12 +81,8 @@ def load_balancer(lab: Lab) -> None:
     """LoadBalancer with an address in its status"""
     with lab.check("nginx and httpd run"):
         start_web(lab)
-    # With a class of its own, so that no load balancer controller of the cluster takes it.
-    lab.create(service("web", "web", type="LoadBalancer", loadBalancerClass="kproxy.dev/e2e"))
-    family = 6 if ":" in lab.cluster_ip("web") else 4
-    address = _INGRESS[family]
-    ingress = {"status": {"loadBalancer": {"ingress": [{"ip": address}]}}}
-    lab.patch("web", ingress, "--subresource=status")
+    address = create_balanced(lab)
+    family = 6 if ":" in address else 4
     url = f"http://{in_url(address)}/"
     with lab.check(f"with status.loadBalancer set, both answer at {address}"):
         lab.answers(url, "nginx", "httpd")
