@@ -62,6 +62,7 @@ class Host:
             "link add eth0 type dummy",
             "link set eth0 up",
             f"address add dev eth0 {NODE[V4]}/24",
+            "route add default dev eth0",
             f"address add nodad dev eth0 {NODE[V6]}/64",
             *(f"address add dev lo {pod(V4, number)}/32" for number in range(1, 4)),
             *(f"address add nodad dev lo {pod(V6, number)}/128" for number in range(1, 4)),
