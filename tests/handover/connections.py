@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import socket
+import struct
 import threading
+import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import NamedTuple, Self
 
 from tests.lab.host import Host
-from tests.lab.traffic import Stream
 from tests.lab.waiting import eventually
 
 _REQUEST = b"GET / HTTP/1.1\r\nHost: web\r\n\r\n"
-_PATIENCE = 3.0  # seconds for an answer
+_PATIENCE = 3.0  # seconds for an answer on a lasting connection
+_LOST = 0.9  # seconds; a first packet that got lost is sent again after one
+_AT_ONCE = struct.pack("ii", 1, 0)
 
 
 class Way(NamedTuple):
@@ -33,48 +37,52 @@ class Traffic:
     """On each way `lasting` connections that speak in turn, and a stream of new ones; a context manager.
 
     Afterwards `failures` tells each connection that failed or was answered by another pod than before. A new one fails,
-    too, if its first packet is lost: that is sent again after a second, when the stream has given up.
+    too, if its first packet was lost.
     """
 
     def __init__(self, ways: Sequence[Way], lasting: int) -> None:
-        self.ways = ways
         self._closing = ExitStack()
         self._lasting = [
             (way, _Lasting(self._closing.enter_context(way.client.connect(way.address, way.port))))
             for way in ways
             for _ in range(lasting)
         ]
-        self.streams = [Stream(way.client, way.url) for way in ways]
-        self.failures: list[str] = []
-        self.rounds = 0
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._speak, name="lasting", daemon=True)
+        self._lasting_failures: list[str] = []
+        self.streams = [_Stream(way, self._over) for way in ways]
+        self.rounds = 0
+        self._threads = [threading.Thread(target=stream.run, name="stream", daemon=True) for stream in self.streams]
+        self._threads.append(threading.Thread(target=self._speak, name="lasting", daemon=True))
 
     def __enter__(self) -> Self:
-        self._thread.start()
-        for stream in self.streams:
-            self._closing.enter_context(stream)
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         self._closing.close()
-        self.failures += [f"{s}" for stream in self.streams for s in stream.failures]
+
+    @property
+    def failures(self) -> list[str]:
+        """What went wrong."""
+        return self._lasting_failures + [failure for stream in self.streams for failure in stream.failures]
 
     @property
     def connections(self) -> int:
         """How many new connections have been answered."""
-        return sum(stream.connections for stream in self.streams)
+        return sum(stream.answers.total() for stream in self.streams)
 
     def more(self, connections: int, rounds: int = 2) -> None:
         """Wait until each way has so many more connections, and the lasting ones have all spoken so many times more."""
-        goals = [(stream, stream.connections + connections) for stream in self.streams]
+        goals = [(stream, stream.answers.total() + connections) for stream in self.streams]
         goal = self.rounds + rounds
 
         def reached() -> bool:
-            streams = all(stream.connections >= wanted or stream.failures for stream, wanted in goals)
-            return streams and (self.rounds >= goal or bool(self.failures))
+            spoken = self.rounds >= goal and all(stream.answers.total() >= wanted for stream, wanted in goals)
+            return spoken or bool(self.failures)
 
         eventually(reached, f"{connections} more connections on each way", seconds=30)
 
@@ -82,7 +90,7 @@ class Traffic:
         while not self._over.is_set():
             for way, lasting in self._lasting:
                 if not lasting.failed and (trouble := lasting.speak()):
-                    self.failures.append(f"a lasting connection of {way.client} to {way.url}: {trouble}")
+                    self._lasting_failures.append(f"a lasting connection of {way.client} to {way.url}: {trouble}")
             self.rounds += 1
             self._over.wait(0.02)
 
@@ -97,11 +105,47 @@ class _Lasting:
     def speak(self) -> str:
         """Exchange a few bytes; what went wrong, if anything."""
         try:
-            self._connection.sendall(_REQUEST)
-            answer = self._connection.recv(4096).decode()
+            pod = _ask(self._connection)
         except OSError as error:
             self.failed = True
             return repr(error)
-        pod = next((line for line in answer.splitlines() if line.startswith("X-Pod")), "nobody")
         before, self._pod = self._pod or pod, pod
         return "" if before == pod else f"{before} has become {pod}"
+
+
+class _Stream:
+    def __init__(self, way: Way, over: threading.Event) -> None:
+        self._way, self._over = way, over
+        self.answers: Counter[str] = Counter()
+        self.failures: list[str] = []
+
+    def run(self) -> None:
+        """New connections, one after the other."""
+        while not self._over.is_set():
+            begin = time.monotonic()
+            try:
+                pod = self._connect_and_ask()
+            except OSError as error:
+                self.failures.append(f"a connection of {self._way.client} to {self._way.url}: {error!r}")
+                self._over.wait(0.01)  # a refusal comes at once; do not spin on it
+            else:
+                self.answers[pod] += 1
+            self._over.wait(0.001 - (time.monotonic() - begin))  # leave the processor to the others
+
+    def _connect_and_ask(self) -> str:
+        with self._way.client.connect(self._way.address, self._way.port, timeout=_LOST) as connection:
+            # With a reset nobody is left to remember the connection: where a pod does, and masquerading gives the same
+            # port to another connection, that one has a false start.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
+            connection.settimeout(_PATIENCE)
+            return _ask(connection)
+
+
+def _ask(connection: socket.socket) -> str:
+    """The pod that answers. Raises OSError."""
+    connection.sendall(_REQUEST)
+    answer = connection.recv(4096).decode()
+    found = [line.partition(" ")[2] for line in answer.splitlines() if line.startswith("X-Pod: ")]
+    if not found:
+        raise ConnectionError(f"no answer, but {answer!r}")
+    return found[0]

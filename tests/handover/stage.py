@@ -126,7 +126,7 @@ class Stage:
     def proxy(self, mode: ProxyMode, *flags: str) -> ProxyProcess:
         """A kproxy; not started yet."""
         log = self._folder / f"kproxy-{len(self._proxies)}.log"
-        self._proxies.append(ProxyProcess(self.node, [*self.flags(mode), *flags], log))
+        self._proxies.append(ProxyProcess(self.node, [*self._flags(mode), *flags], log))
         return self._proxies[-1]
 
     def started(self, mode: ProxyMode, *flags: str) -> ProxyProcess:
@@ -136,8 +136,7 @@ class Stage:
         made.wait_until_synced()
         return made
 
-    def flags(self, mode: ProxyMode) -> list[str]:
-        """The flags with which kproxy runs here."""
+    def _flags(self, mode: ProxyMode) -> list[str]:
         return [
             f"--proxy-mode={mode.value}",
             f"--manifests={self.manifests}",

@@ -8,7 +8,6 @@ from kproxy.config.v1alpha1 import ProxyMode
 from kproxy.dataplane.iptables.commands import Variant
 from kproxy.model import Family
 from tests.handover.stage import Stage
-from tests.lab.proxy_process import kproxy_command, kproxy_environment
 
 IPTABLES = ProxyMode.IPTABLES
 
@@ -32,16 +31,6 @@ def test_nothing_is_written_where_all_is_right(stage: Stage):
 
     assert (stage.saved(), stage.generation()) == before
     assert all(packets >= counted[rule] for rule, packets in counts(stage).items())
-
-
-def test_a_dry_run_finds_nothing_to_do(stage: Stage):
-    stage.kube_proxys_iptables()
-
-    command = kproxy_command([*stage.flags(IPTABLES), "--dry-run"])
-    done = stage.node.namespace.command(*command, env=kproxy_environment(), check=False)
-
-    assert done.returncode == 0, done.stdout
-    assert not any(word in done.stdout for word in ("add ", "remove ", "change "))
 
 
 def test_only_what_is_wrong_is_written(stage: Stage):
