@@ -15,10 +15,7 @@ from tests.lab.proxy_process import ProxyProcess
 ALSO_IN_IPTABLES_MODE = {
     "test_a_dual_stack_cluster_ip_shares_connections_between_pods": Variant.NFT,
     "test_a_node_port_answers_on_every_node_from_outside_and_inside": Variant.NFT,
-    "test_traffic_follows_a_pod_that_dies_and_comes_back_elsewhere": Variant.NFT,
     "test_a_service_without_endpoints_refuses_at_once_until_it_has_one": Variant.NFT,
-    "test_session_affinity_keeps_a_client_on_its_pod_while_that_is_ready": Variant.NFT,
-    "test_a_load_balancer_serves_the_sources_it_is_open_to": Variant.NFT,
     "test_external_traffic_policy_local_keeps_the_client_address_and_stays_on_the_node": Variant.NFT,
     "test_a_pod_reaches_itself_through_its_service": Variant.NFT,
     "test_metrics_count_syncs_and_measure_how_long_programming_took": Variant.NFT,
