@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from kproxy.dataplane.iptables.commands import Variant
-from kproxy.dataplane.iptables.counters import Taken, Translated, dropped, translated
+from kproxy.dataplane.iptables.counters import RuleCounters, Taken
 from kproxy.dataplane.iptables.names import hash16, identity
 from kproxy.dataplane.nftables.containers import CONTAINERS, Container
 from kproxy.dataplane.nftables.fields import PROTOCOL
@@ -60,7 +60,7 @@ class RuleTraffic:
     def __init__(
         self, variant: Variant, families: Sequence[Family], owner: Owner, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._variant = variant
+        self._counters = RuleCounters(variant)
         self._owner = owner
         self._clock = clock
         self._accepted: dict[Family, _Accepted] = {family: {} for family in families}
@@ -72,21 +72,18 @@ class RuleTraffic:
         started = self._clock()
         if self._readings and started < self._read_again_at:
             return self._readings
+        self._readings = []
         readings = [reading for family in self._accepted for reading in self._of(family)]
         ended = self._clock()
-        slow = ended - started > _SLOW_SECONDS
-        self._readings = readings if slow else []
-        self._read_again_at = ended + _PAUSE * (ended - started)
+        if ended - started > _SLOW_SECONDS:
+            self._readings = readings
+            self._read_again_at = ended + _PAUSE * (ended - started)
         return readings
 
     def _of(self, family: Family) -> Iterator[Reading]:
         before, now = self._accepted[family], _Accepted()
-        counted = translated(self._variant, family)
-        if _all_fell((count.taken.packets, _packets(counted, at)) for (_, at), count in before.items()):
-            counted = translated(self._variant, family)
-        refused = dropped(self._variant, family)
-        if _all_fell((count.dropped, refused.get(at)) for (_, at), count in before.items()):
-            refused = dropped(self._variant, family)
+        counted = self._counters.translated(family)
+        refused = self._counters.dropped(family)
         owners: dict[str, ServicePortName] = {}
         for frontend, taken in counted.frontends.items():
             name = self._owner(frontend)
@@ -125,20 +122,6 @@ _Accepted = dict[tuple[ServicePortName, Frontend], _Count]
 
 def _growth(before: int, now: int) -> int:
     return now - before if now >= before else now
-
-
-def _packets(counted: Translated, frontend: Frontend) -> int | None:
-    taken = counted.frontends.get(frontend)
-    return taken.packets if taken else None
-
-
-def _all_fell(counters: Iterable[tuple[int, int | None]]) -> bool:
-    """Whether every counter, before and now, starts anew. None: it has gone.
-
-    A legacy table is replaced as a whole, and for a moment has no counts until iptables gives it the old ones.
-    """
-    counted = [(before, now) for before, now in counters if before and now is not None]
-    return bool(counted) and all(now < before for before, now in counted)
 
 
 def _address_and_port(text: str) -> Endpoint:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -287,20 +288,28 @@ def test_rules_of_others_are_not_counted(node: Node) -> None:
     assert node.scrape() == ({f"web {VIP}:80": 5}, {f"web {ONE}:8080": 5})
 
 
-def test_other_programs_that_write_the_table_meanwhile_do_not_disturb_the_counts(node: Node) -> None:
-    node.given({"web": WEB}, {"web": slice_of("web", ONE)})
-    node.connect(50)
-    with ThreadPoolExecutor(max_workers=1) as somebody:
-
-        def meddle() -> None:
-            for _ in range(40):
-                for verb in ("-A", "-D"):
-                    node.iptables("-t", "nat", verb, "OUTPUT", "-d", "192.0.2.99", "-j", "RETURN")
-
-        meddling = somebody.submit(meddle)
-        while not meddling.done():
-            assert node.scrape() == ({f"web {VIP}:80": 50}, {f"web {ONE}:8080": 50})
-        meddling.result()
+def test_programs_that_replace_a_legacy_table_meanwhile_do_not_disturb_the_counts(
+    make_lab: Callable[..., Lab], tmp_path: Path
+) -> None:
+    node = Node(make_lab(), Variant.LEGACY)
+    many = [f"10.1.{n >> 8}.{n & 255}" for n in range(1, 501)]  # so that writing takes a while
+    node.given({"web": WEB}, {"web": slice_of("web", *many)})
+    got = to_web(node.connect(50))
+    node.scrape()
+    rule = "iptables-legacy --wait -t nat %s OUTPUT -d 192.0.2.99 -j RETURN"
+    with node.lab.netns.start(
+        ["sh", "-c", f"for _ in $(seq 2000); do {rule % '-A'}; {rule % '-D'}; done"],
+        env={**os.environ, "XTABLES_LOCKFILE": str(tmp_path / "lock")},
+        start_new_session=True,
+    ) as meddling:
+        try:
+            for _ in range(60):
+                frontends, given = node.scrape()
+                assert frontends == {f"web {VIP}:80": 50}
+                assert {at: count for at, count in given.items() if count} == got
+            assert meddling.poll() is None
+        finally:
+            os.killpg(meddling.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("variant", list(Variant))
