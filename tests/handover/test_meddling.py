@@ -5,8 +5,10 @@ What is lost of others' own in that is theirs to bring back; what they still hav
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -150,6 +152,27 @@ def test_after_a_clean_sweep_ours_is_back_and_no_more(running: Running, meddle: 
         is_repaired(running, meddle, AT_ONCE[running.stage.variant])
     finally:
         running.stage.restore_others(*lost)
+
+
+def test_a_program_that_is_missing_for_a_while_ends_no_watch(tmp_path: Path):
+    programs = tmp_path / "bin"
+    with Stage(Variant.LEGACY, tmp_path / "stage") as stage:
+        programs.mkdir()
+        for directory in os.get_exec_path():
+            for found in Path(directory).glob("ip*tables*"):
+                if not (programs / found.name).exists():
+                    (programs / found.name).symlink_to(found)
+        proxy = stage.proxy(ProxyMode.IPTABLES, "--iptables-min-sync-period=10ms")
+        proxy.start(PATH=str(programs))
+        proxy.wait_until_synced()
+        wanted = ours(stage)
+        save = programs / "iptables-legacy-save"
+        target = save.readlink()
+        save.unlink()
+        stage.iptables("-t", "nat", "-D", "PREROUTING", "1")
+        eventually(lambda: "cannot see whether others change our rules" in proxy.log.read_text(), "it says so")
+        save.symlink_to(target)
+        eventually(lambda: ours(stage) == wanted, "it is repaired")
 
 
 def test_a_refused_change_is_shown_by_line_and_leaves_out_its_service_only(running: Running):

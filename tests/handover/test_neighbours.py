@@ -19,7 +19,7 @@ class Looks:
     def __init__(self, stage: Stage, mode: ProxyMode) -> None:
         self._pauses: queue.Queue[float] = queue.Queue()
         self._over: queue.Queue[bool] = queue.Queue()
-        self._succession = Succession(tuple(Family), mode, self._wait)
+        self._succession = Succession(tuple(Family), mode, wait=self._wait)
         stage.node.namespace.run(self._succession.sync_done, SyncReport(), 0.0)
 
     def _wait(self, seconds: float) -> bool:

@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Self
 
+import structlog
+
 from kproxy.dataplane.iptables import commands
 from kproxy.dataplane.iptables.commands import Variant
 from kproxy.dataplane.iptables.entries import BUILT_IN, concerns_us
@@ -36,6 +38,8 @@ _GENERATION, _PROCESS_ID, _PROCESS_NAME = 1, 2, 3
 _LOOK_SECONDS = 1.0
 _PAUSE = 20  # times as long as it takes to look at the rules, before that is done again for a write of our own
 SOMEBODY = "somebody"
+
+log = structlog.get_logger(__name__)
 
 
 class NftWatch:
@@ -180,24 +184,34 @@ class LegacyWatch:
         _shut(self._stopper)
 
     def touches(self) -> Iterator[str]:
-        """Wait for foreign changes of our chains; nobody can tell whose. Ends on `stop`. Raises OSError."""
+        """Wait for foreign changes of our chains; nobody can tell whose. Ends on `stop`.
+
+        Where it cannot look it goes on: a program that is missing is there again when its package has been replaced.
+        """
         poll = select.poll()
         poll.register(self._stopped, select.POLLIN)
+        trouble = ""
         while not poll.poll(_LOOK_SECONDS * 1000):
-            if self.look():
-                yield SOMEBODY
+            try:
+                if self.look():
+                    yield SOMEBODY
+                trouble = ""
+            except OSError as error:
+                if trouble != str(error):
+                    trouble = str(error)
+                    log.warning("cannot see whether others change our rules; trying again", error=trouble)
 
     def look(self) -> bool:
-        """Whether our chains were changed since the last look, by others."""
+        """Whether our chains were changed since the last look, by others. Raises OSError."""
         with self._journal.lock:
             shape, written = legacy_shape(self._families), self._journal.shape
             moved = self._journal.disturbed or shape != written
             known = self._known if self._known and self._known.writes == self._journal.writes else None
-            self._journal.disturbed, self._journal.shape = False, shape
             now = self._clock()
             if not moved and now < (self._look_at if known else self._digest_at):
                 return False
             self._known = _Look(self._journal.writes, self._digest())
+            self._journal.disturbed, self._journal.shape = False, shape  # not before: it may have failed
             self._look_at = now + self._period
             self._digest_at = now + _PAUSE * (self._clock() - now)
             return self._known.digest != known.digest if known else moved
