@@ -1,25 +1,37 @@
-"""While something changes, every new connection is served."""
+"""While something changes, every new connection is served, and at once."""
 
 from __future__ import annotations
 
-import socket
-import threading
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
-from kproxy.dataplane.base import Entries, diff
+from kproxy.dataplane.base import diff
 from kproxy.dataplane.iptables import fixed as iptables_fixed
 from kproxy.dataplane.iptables import render as iptables_render
 from kproxy.dataplane.iptables.commands import Variant
 from kproxy.dataplane.iptables.kernel import IptablesKernel
 from kproxy.dataplane.iptables.options import Options
-from tests.ipvs.kernel_host import FACTS, V4, V6, Host, cluster_ip, entries, pod, route
+from tests.ipvs.kernel_host import BACKEND_PORT, FACTS, V4, V6, Host, cluster_ip, entries, pod, route
 from tests.lab.namespaces import Namespace
 
 pytestmark = pytest.mark.ipvs
 
-CLIENTS = 300  # sockets that are ready before the change begins
+# Serves as the pod and connects to the service until its standard input ends; prints how often.
+CLIENT = """
+import select, socket, sys
+server = socket.create_server((sys.argv[1], int(sys.argv[2])))
+count = 0
+print("ready", flush=True)
+while not select.select([sys.stdin], [], [], 0)[0]:
+    with socket.create_connection((sys.argv[3], 80), timeout=30), server.accept()[0]:
+        count += 1
+print(count)
+"""
 
 
 @pytest.fixture
@@ -28,44 +40,46 @@ def host(netns: Namespace) -> Iterator[Host]:
         yield made
 
 
-def connected_while(host: Host, wanted: Entries, server: socket.socket) -> int:
-    """How many clients, one after the other, connected to a service while another thread made the change."""
-    clients = [host.netns.run(socket.socket, socket.AF_INET, socket.SOCK_STREAM) for _ in range(CLIENTS)]
-    changing = threading.Thread(target=host.bring_to, args=(wanted,))
-    changing.start()
-    done = 0
-    try:
-        for client in clients:
-            client.settimeout(10)
-            client.connect((cluster_ip(V4, 1), 80))
-            server.accept()[0].close()
-            done += 1
-            if not changing.is_alive():
-                break
-    finally:
-        changing.join()
-        for client in clients:
-            client.close()
-    return done
+@contextmanager
+def clients(host: Host) -> Iterator[None]:
+    """One after the other connects to service 1 meanwhile. All have to be served, without saying anything twice."""
+    args = [sys.executable, "-S", "-c", CLIENT, pod(V4, 1), str(BACKEND_PORT), cluster_ip(V4, 1)]
+    with host.netns.start(args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == "ready\n"
+            yield
+        finally:
+            count, trouble = process.communicate(timeout=60)
+    assert trouble == ""
+    assert int(count) > 10
+    assert repeated(host) == 0
+
+
+def repeated(host: Host) -> int:
+    """How many first packets of connections had to be sent again."""
+    text = host.netns.run(Path("/proc/thread-self/net/netstat").read_text)
+    names, values = (line.split() for line in text.splitlines() if line.startswith("TcpExt:"))
+    return int(values[names.index("TCPSynRetrans")])
 
 
 def test_when_ipvs_mode_takes_over_from_iptables_mode(host: Host) -> None:
-    before = iptables_fixed.render_base(FACTS, Options()) | iptables_render.render_route(
-        route(V4, 1, 1), FACTS, Options()
-    )
+    before = iptables_fixed.render_base(FACTS, Options())
+    before |= iptables_render.render_route(route(V4, 1, 1), FACTS, Options())
     kernel = host.netns.run(lambda: IptablesKernel((V4, V6), Variant.LEGACY, guards_localhost=False))
     host.netns.run(kernel.apply, diff(before, {}))
-    wanted = entries(*(route(V4, number, 1) for number in range(1, 50)))
-    with host.listening(pod(V4, 1)) as server:
-        assert connected_while(host, wanted, server) > 3
-        assert diff(wanted, host.read()) == []
-        host.connect(cluster_ip(V4, 1)).close()
-        server.accept()[0].close()
+    wanted = entries(*(route(V4, number, 1) for number in range(250, 0, -1)))
+    with clients(host):
+        host.bring_to(wanted)
+    assert diff(wanted, host.read()) == []
 
 
 def test_when_everything_else_changes(host: Host) -> None:
     host.bring_to(entries(*(route(V4, number, 1, 2) for number in range(2, 50)), route(V4, 1, 1)))
-    wanted = entries(*(route(V4, number, 2, 3, node_port=30000 + number) for number in range(2, 70)), route(V4, 1, 1))
-    with host.listening(pod(V4, 1)) as server:
-        assert connected_while(host, wanted, server) > 3
+    others = (route(V4, number, 2, 3, node_port=30000 + number) for number in range(2, 70))
+    wanted = entries(*others, route(V4, 1, 1, affinity_seconds=60))
+    with clients(host):
+        host.bring_to(wanted)
+        host.restart()
+        host.bring_to(wanted)
     assert diff(wanted, host.read()) == []
