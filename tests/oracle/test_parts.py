@@ -84,6 +84,27 @@ def test_a_second_copy_of_a_rule_behind_the_last_one_goes_and_the_order_stays(no
     rig.close()
 
 
+@pytest.mark.parametrize("variant", list(Variant))
+def test_a_jump_that_others_copy_behind_their_own_rules_stays_before_them(node_lab: Lab, variant: Variant) -> None:
+    """As when somebody loads a saved ruleset once more, with --noflush."""
+    netns = node_lab.netns
+    netns.command(f"iptables-{variant}-restore", "--noflush", stdin=HINT)
+    rig = start(Rig(netns, CONFIG | {"mode": "iptables"}), sticky_for(600))
+    listing = (f"iptables-{variant}", "-w", "-S", "INPUT")
+    jumps = [line for line in netns.command(*listing).stdout.splitlines() if line.startswith("-A")]
+    theirs = "-A INPUT -s 203.0.113.0/24 -j ACCEPT"
+    for line in (theirs, *jumps):
+        netns.command("sh", "-c", f"iptables-{variant} -w {line}")
+
+    rig.reconciler.doubt()
+    rig.sync()
+
+    now = [line for line in netns.command(*listing).stdout.splitlines() if line.startswith("-A")]
+    kubelets = [line for line in jumps if "KUBE-FIREWALL" in line]  # what becomes of these is kubelet's affair
+    assert [line for line in now if line not in kubelets] == [line for line in (*jumps, theirs) if line not in kubelets]
+    rig.close()
+
+
 def refused_once(lab: Lab, *, shared_tables: bool = False) -> Rig:
     return Rig(lab.netns, CONFIG, shared_tables=shared_tables, wrap=lambda real: RefusesOnce(real, 0.0, seed=0))
 

@@ -18,6 +18,7 @@ import msgspec
 from kproxy.dataplane.base import Change, Key
 from kproxy.dataplane.iptables import names
 from kproxy.dataplane.iptables.entries import BlockKey, ChainKey, Exists, JumpKey
+from kproxy.dataplane.iptables.jumps import jumps_from
 from kproxy.dataplane.iptables.names import Table
 from kproxy.dataplane.iptables.rule import AnyRule
 
@@ -126,7 +127,7 @@ def _single_rules(changes: Sequence[Change], gone: set[str]) -> tuple[list[Comma
     blocks: list[Command] = []
     last: list[Command] = []
     jumps: list[Change] = []
-    for change in changes:
+    for change in [*changes, *_copied_jumps(changes)]:
         key = change.key
         if isinstance(key, ChainKey):
             continue
@@ -145,6 +146,26 @@ def _single_rules(changes: Sequence[Change], gone: set[str]) -> tuple[list[Comma
     jumps.sort(key=lambda change: change.key.place if isinstance(change.key, JumpKey) else 0, reverse=True)
     jumped = [Command("-I", _where(c.key).chain, c.key, rule) for c in jumps for rule in _rules(c.new)]
     return deletions, [*reversed(blocks), *last, *jumped]
+
+
+def _copied_jumps(changes: Sequence[Change]) -> list[Change]:
+    """Jumps of which a second copy goes. They go as well, and come back at the top.
+
+    A rule is deleted by what it says, and so the first one would go, and what others have put before the second one
+    would come first.
+    """
+    concerned = {change.key for change in changes}
+    copied: dict[Key, Change] = {}
+    for change in changes:
+        match change:
+            case Change(JumpKey(family, table, chain), old, None):
+                for place, jump in enumerate(jumps_from(table, chain)):
+                    key = JumpKey(family, table, chain, place)
+                    if jump.rule == old and key not in concerned:
+                        copied[key] = Change(key, old, old)
+            case _:
+                pass
+    return list(copied.values())
 
 
 def _exists(value: object) -> bool:
