@@ -21,13 +21,15 @@ from kproxy.api.objects import KINDS
 from kproxy.cluster import ClusterState
 from kproxy.config.decode import decode
 from kproxy.config.defaults import defaulted, with_mode
-from kproxy.config.v1alpha1 import API_VERSION, KIND, Configuration, ProxyMode
+from kproxy.config.v1alpha1 import API_VERSION, KIND, Configuration, KproxyConfiguration, ProxyMode
 from kproxy.dataplane.iptables.commands import Variant
+from kproxy.dataplane.ipvs.names import DEVICE
 from kproxy.dataplane.nftables.kernel import COUNTED_ENDPOINTS
 from kproxy.facts import Facts
 from kproxy.model import Family
 from kproxy.modes.base import Mode
 from kproxy.modes.iptables import Iptables
+from kproxy.modes.ipvs import Ipvs
 from kproxy.modes.nftables import Nftables
 from kproxy.node_addresses import local_addresses
 from kproxy.observers import Cleaned
@@ -86,7 +88,7 @@ class InProcess:
             netns.command(f"iptables-{variant}-restore", "--noflush", stdin=HINT)
         self._mode = netns.run(_open, self._config, self._families)
         large = self._mode.large_families(self.state)
-        self._facts = Facts(self._config, mode, self._families, self.state, local_addresses, print, large)
+        self._facts = Facts(self._config, mode, self._families, self.state, _own_addresses, print, large)
         self._started: tuple[Reconciler, Cleaned] | None = None
 
     def apply(self, *items: Item) -> None:
@@ -157,11 +159,17 @@ class CommandLine:
         return self._manifests / f"{item['kind']}-{metadata.get('namespace', '')}-{metadata['name']}.json"
 
 
+def _own_addresses() -> frozenset[str]:
+    return local_addresses(exclude=DEVICE)
+
+
 def _open(config: Configuration, families: Sequence[Family]) -> Mode:
     match config.mode:
         case ProxyMode.NFTABLES:
             return Nftables(families, COUNTED_ENDPOINTS)
         case ProxyMode.IPTABLES:
             return Iptables(config, families, writes=True)
+        case ProxyMode.IPVS:
+            return Ipvs(config, KproxyConfiguration(), families, writes=True)
         case mode:
-            raise ValueError(f"mode {mode} cannot be driven yet")
+            raise ValueError(f"{mode} is no mode of a proxy on Linux")
