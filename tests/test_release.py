@@ -7,11 +7,14 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
 import yaml
 
 from kproxy import __version__
+from kproxy.cli.flags import FLAGS
 from kproxy.config.v1alpha1 import ProxyMode
+from kproxy.config.validation import KUBERNETES_VERSION
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("docs", "deploy", "kind", "kproxy", "tests", ".github")
@@ -108,6 +111,17 @@ def test_links_lead_to_a_file_and_a_heading(document: Path):
         assert found.exists(), f"{target} is not there"
         assert found.resolve().is_relative_to(ROOT), f"{target} is outside of the repository"
         assert not section or section in anchors(found), f"{target} has no heading {section}"
+
+
+def test_the_pod_that_is_shown_for_one_run_is_valid_and_uses_flags_that_exist():
+    shown = (ROOT / "docs/replace-kube-proxy.md").read_text()
+    manifest = re.search(r"```yaml once.yaml\n(.*?)```", shown, re.DOTALL)
+    assert manifest
+    pod = yaml.safe_load(manifest[1].replace("NODE", "worker-1"))
+    arguments = [*pod["spec"]["containers"][0]["args"], *re.findall(r"(?:-- |`)kproxy (--[\w-]+)", shown)]
+
+    kubernetes_validate.validate(pod, KUBERNETES_VERSION, strict=True)
+    assert {argument.partition("=")[0].removeprefix("--") for argument in arguments} <= {flag.name for flag in FLAGS}
 
 
 def anchors(document: Path) -> Iterator[str]:
