@@ -113,8 +113,9 @@ class _Count(NamedTuple):
         if before is None:
             return cls(taken, dropped, 0, max(0, taken.packets - dropped))
         taken_before = before.taken.packets if before.taken.chain == taken.chain else 0
-        more = _growth(taken_before, taken.packets) - _growth(before.dropped, dropped)
-        return cls(taken, dropped, max(0, -more), before.accepted + max(0, more - before.early))
+        more_dropped = _growth(before.dropped, dropped)
+        more = _growth(taken_before, taken.packets) - more_dropped - before.early
+        return cls(taken, dropped, min(more_dropped, max(0, -more)), before.accepted + max(0, more))
 
 
 _Accepted = dict[tuple[ServicePortName, Frontend], _Count]
