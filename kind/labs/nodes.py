@@ -74,7 +74,7 @@ def wait_until_programmed() -> None:
             raise LabError("; ".join(found))
         return True
 
-    wait_for(no_difference, "every node's kernel holds what it should", 30)
+    wait_for(no_difference, "every node's kernel holds what it should", 60)
 
 
 class KindCluster(NamedTuple):

@@ -106,7 +106,7 @@ def run_kube_proxy(kubernetes: Kubernetes, mode: str) -> None:
 
 def run(script: str, *arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [KIND / script, *arguments], env=env, capture_output=True, text=True, timeout=180, check=False
+        [KIND / script, *arguments], env=env, capture_output=True, text=True, timeout=400, check=False
     )
 
 
