@@ -69,7 +69,7 @@ def sync_once(invocation: Invocation) -> int:
     for observer in (Logged(), cleaned):
         observer.sync_done(report, seconds)
     cleaned.clean_now()
-    Succession(parts.families, parts.mode).remove_now()
+    Succession(parts.families, parts.mode, excluded=parts.configuration.ipvs.exclude_cidrs).remove_now()
     return 1 if parts.reconciler.quarantine else 0
 
 
@@ -80,7 +80,7 @@ def dry_run(invocation: Invocation, *, as_json: bool, color: bool) -> int:
     differences = parts.reconciler.plan()
     dataplane = parts.opened.dataplane
     remains = []
-    for place in places(parts.families, but=parts.mode):
+    for place in places(parts.families, but=parts.mode, excluded=parts.configuration.ipvs.exclude_cidrs):
         try:
             if found := place():
                 remains.append(found)
@@ -95,15 +95,16 @@ def dry_run(invocation: Invocation, *, as_json: bool, color: bool) -> int:
     return 1 if differences or remains else 0
 
 
-def clean_up(*, only_list: bool) -> int:
-    """Remove what a kproxy or kube-proxy left in any mode, or list it.
+def clean_up(invocation: Invocation) -> int:
+    """Remove what a kproxy or kube-proxy left in any mode, or only list it.
 
     What cannot be removed does not keep the rest; it is told at the end. Returns 1 if something is only listed. Raises
     ApplyError.
     """
     faults = []
     found = []
-    for place in places(supported_families()):
+    only_list = invocation.only_list
+    for place in places(supported_families(), excluded=invocation.configuration.ipvs.exclude_cidrs):
         try:
             remains = place()
             if remains is None:

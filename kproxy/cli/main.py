@@ -101,7 +101,7 @@ def _act(invocation: Invocation, argv: Sequence[str]) -> int:
         case Action.INIT_ONLY:
             actions.init_only(invocation)
         case Action.CLEANUP:
-            return actions.clean_up(only_list=invocation.only_list)
+            return actions.clean_up(invocation)
         case Action.ONCE:
             return actions.sync_once(invocation)
         case Action.DRY_RUN:

@@ -146,7 +146,12 @@ class _Running:
             self._cleaned,
             self._guarded,
             *parts.opened.observers(self._registry),
-            Succession(parts.families, parts.mode),
+            Succession(
+                parts.families,
+                parts.mode,
+                excluded=self._configuration.ipvs.exclude_cidrs,
+                drain_seconds=self._invocation.settings.ipvs.drain_timeout.seconds,
+            ),
             _Thrifty(),
         ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from kproxy.dataplane.iptables.entries import BlockKey, ChainKey, JumpKey
 from kproxy.dataplane.iptables.variant import contents
 from kproxy.dataplane.ipvs import cleanup as ipvs_cleanup
 from kproxy.dataplane.ipvs import describe as ipvs_describe
+from kproxy.dataplane.ipvs.entries import VirtualServerKey
 from kproxy.dataplane.ipvs.jumps import CHAINS, JUMPS, OWN
 from kproxy.dataplane.nftables import describe as nftables_describe
 from kproxy.dataplane.nftables.kernel import NftablesKernel
@@ -41,17 +43,20 @@ class Remains(NamedTuple):
     remove: Callable[[], None]  # raises ApplyError
 
 
-def places(families: Sequence[Family], but: ProxyMode | None = None) -> Iterator[Callable[[], Remains | None]]:
+def places(
+    families: Sequence[Family], but: ProxyMode | None = None, *, excluded: Sequence[str] = (), patient: bool = False
+) -> Iterator[Callable[[], Remains | None]]:
     """A function for each place where a mode other than `but` may have left something; None if it has not.
 
-    They change nothing, and raise UnsupportedError and OSError.
+    They change nothing, and raise UnsupportedError and OSError. `excluded`: CIDRs whose virtual servers are left alone.
+    `patient`: virtual servers that have connections stay, and get no new ones.
     """
     if but is not ProxyMode.NFTABLES:
         yield _nftables
     if but is not ProxyMode.IPVS:
         for variant in Variant:
             yield partial(_ipvs_rules, variant, families)
-        yield partial(_ipvs_servers, families)
+        yield partial(_ipvs_servers, families, excluded, patient)
     if but is not ProxyMode.IPTABLES:
         for variant in Variant:
             yield partial(_iptables, variant, families)
@@ -75,9 +80,17 @@ def _ipvs_rules(variant: Variant, families: Sequence[Family]) -> Remains | None:
     return Remains(owner, changes, ipvs_describe.describe, remove) if changes else None
 
 
-def _ipvs_servers(families: Sequence[Family]) -> Remains | None:
-    changes = ipvs_cleanup.servers_left(families)
-    remove = partial(ipvs_cleanup.remove_servers, changes)
+def _ipvs_servers(families: Sequence[Family], excluded: Sequence[str], patient: bool) -> Remains | None:
+    changes = ipvs_cleanup.servers_left(families, excluded)
+
+    def remove() -> None:
+        going = changes
+        if patient and (busy := ipvs_cleanup.quiesce(changes)):
+            log.info("virtual servers of ipvs mode stay while they have connections", servers=len(busy))
+            # The device has their addresses, and sets tell which are node ports of ours.
+            going = [c for c in changes if isinstance(c.key, VirtualServerKey) and c.key not in busy]
+        ipvs_cleanup.remove_servers(going)
+
     return Remains("ipvs mode", changes, ipvs_describe.describe, remove) if changes else None
 
 
@@ -123,14 +136,23 @@ class Succession(Observer):
     """Removes what other modes left once a sync has succeeded, in a thread of its own.
 
     It looks again now and then: a kube-proxy that still runs puts its rules back, and leaves them when it is removed.
-    `wait` is given the seconds until the next look, and returns true when there shall be none.
+    Connections through ipvs mode may last for `drain_seconds`, and until the look after that. `wait` is given the
+    seconds until the next look, and returns true when there shall be none. `excluded`: see `places`.
     """
 
     def __init__(
-        self, families: Sequence[Family], mode: ProxyMode, wait: Callable[[float], bool] | None = None
+        self,
+        families: Sequence[Family],
+        mode: ProxyMode,
+        *,
+        excluded: Sequence[str] = (),
+        drain_seconds: float = 0.0,
+        wait: Callable[[float], bool] | None = None,
     ) -> None:
         self._families = tuple(families)
         self._mode = mode
+        self._excluded = excluded
+        self._drain_seconds = drain_seconds
         self._wait = wait or threading.Event().wait  # for something that never happens
         self._begun = False
         self._told: set[str] = set()
@@ -143,14 +165,15 @@ class Succession(Observer):
 
     def _run(self) -> None:
         pause = FIRST_LOOK_SECONDS
+        drained = time.monotonic() + self._drain_seconds
         self.remove_now()
         while not self._wait(pause):
-            self.remove_now()
+            self.remove_now(patient=time.monotonic() < drained)
             pause = min(2 * pause, LAST_LOOK_SECONDS)
 
-    def remove_now(self) -> None:
+    def remove_now(self, *, patient: bool = True) -> None:
         """Remove what is there, in the calling thread. What cannot be removed is told."""
-        for place in places(self._families, but=self._mode):
+        for place in places(self._families, but=self._mode, excluded=self._excluded, patient=patient):
             try:
                 found = place()
                 if found:

@@ -29,7 +29,7 @@ from kproxy.dataplane.ipvs.entries import STRAY, DeviceKey, RealServerKey, RuleK
 from kproxy.dataplane.ipvs.jumps import CHAINS, JUMPS
 from kproxy.dataplane.ipvs.names import DEVICE
 from kproxy.dataplane.ipvs.ownership import Ownership
-from kproxy.model import Family
+from kproxy.model import Family, Protocol
 from kproxy.node_addresses import local_addresses
 
 _SHARED = frozenset(where for where in CHAINS if where in iptables_mode.DISPATCH or where in iptables_mode.FIXED)
@@ -95,6 +95,24 @@ def _virtual_servers(families: Sequence[Family], noted: Entries, ownership: Owne
         present = {server.key: server.value for server in servers.virtual_servers()}
     candidates = [key for key in present if key.family in families]
     return {key: present[key] for key in ownership.ours(candidates, noted, local)}
+
+
+def quiesce(changes: Iterable[Change]) -> set[VirtualServerKey]:
+    """Of the virtual servers to remove, those with TCP connections; these get no new ones. Raises ApplyError."""
+    from kproxy.dataplane.ipvs.servers import Servers
+
+    busy: set[VirtualServerKey] = set()
+    try:
+        with Servers() as servers:
+            for change in changes:
+                if isinstance(change.key, VirtualServerKey) and change.key.protocol is Protocol.TCP:
+                    in_use = [real.key for real in servers.real_servers(change.key) if real.connections]
+                    if in_use:
+                        busy.add(change.key)
+                        servers.quiesce(in_use)
+    except (OSError, UnsupportedError) as error:
+        raise ApplyError(str(error), transient=True) from error
+    return busy
 
 
 def remove_servers(changes: Sequence[Change]) -> None:
