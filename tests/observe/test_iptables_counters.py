@@ -301,6 +301,8 @@ def test_rules_of_others_are_not_counted(node: Node) -> None:
         "-t", "nat", "-I", "KUBE-SERVICES", "-s", "10.0.0.9", "-p", "tcp", "-d", VIP, "--dport", "80", "-j", "RETURN"
     )
     node.iptables("-t", "nat", "-I", "KUBE-SERVICES", "-p", "tcp", "-d", TWO, "--dport", "80", "-j", "LOG")
+    endpoint = f"KUBE-SEP-{hash16(f'default/web:httptcp{ONE}:8080')}"
+    node.iptables("-t", "nat", "-I", endpoint, "-s", "10.0.0.9", "-j", "DNAT", "--to-destination", TWO)
     chain = f"KUBE-SVC-{hash16('default/web:httptcp')}"
     node.iptables(
         "-t", "nat", "-I", "KUBE-SERVICES", "-s", "10.0.0.9", "-p", "tcp", "-d", VIP, "--dport", "80", "-j", chain
@@ -332,6 +334,20 @@ def test_programs_that_replace_a_legacy_table_meanwhile_do_not_disturb_the_count
             assert meddling.poll() is None
         finally:
             os.killpg(meddling.pid, signal.SIGKILL)
+
+
+def test_what_cannot_be_read_leaves_the_last_figures_and_says_why(
+    make_lab: Callable[..., Lab], capfd: pytest.CaptureFixture[str]
+) -> None:
+    node = Node(make_lab(), Variant.NFT)
+    node.given({"web": WEB}, {"web": slice_of("web", ONE)})
+    node.connect(5)
+    before = node.scrape()
+    node.lab.netns.command("nft", "add rule ip nat PREROUTING meta mark set numgen random mod 2")
+    capfd.readouterr()
+    assert node.scrape() == before
+    assert "iptables-nft-save --counters --table nat: # Table `nat' is incompatible" in capfd.readouterr().out
+    node.proxy.close()
 
 
 @pytest.mark.parametrize("variant", list(Variant))

@@ -77,7 +77,7 @@ class RuleCounters:
         for packets, chain, rule in self._rules(family, "nat"):
             if chain.startswith(names.ENDPOINT):
                 _, found, destination = rule.rpartition(_DNAT)
-                if found:
+                if found and destination.rpartition(":")[2].isdigit():
                     given.setdefault(chain, (hash(rule), destination, packets))
             elif chain.startswith(_BALANCED_IN):
                 target = rule.rpartition(_JUMP)[2]
@@ -132,13 +132,17 @@ def _saved(variant: Variant, family: Family, table: Table) -> Generator[tuple[in
     if variant is Variant.LEGACY and table not in legacy_tables(family):
         return
     command = [program(variant, family, "save"), "--counters", "--table", table]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as saving:
+    pipe = subprocess.PIPE
+    line, complete = "", False
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, errors="replace") as saving:
         for line in saving.stdout or ():
             if line.startswith("["):
                 counters, _, chain, *rule = line.rstrip("\n").split(" ", 3)
                 yield int(counters[1:].partition(":")[0]), chain, rule[0] if rule else ""
-    if saving.returncode:
-        raise OSError(f"{' '.join(command)}: exit status {saving.returncode}")
+            complete = complete or line == "COMMIT\n"
+        reason = "".join(saving.stderr or ()).strip() or line.strip()
+    if saving.returncode or not complete:  # a table that it does not understand is no error to iptables-nft-save
+        raise OSError(f"{' '.join(command)}: {reason or f'exit status {saving.returncode}'}")
 
 
 def _taken(text: str, packets: int, family: Family) -> tuple[Frontend, Taken] | None:
