@@ -14,6 +14,7 @@ from tests.lab.packets import Lab
 
 TRIES_PER_ENDPOINT = 200
 TRIES_PER_ENDPOINT_FROM_NODE = 40  # these are real sockets, one after the other
+TURNS = 3  # of each endpoint, where they take turns
 
 Endpoint = tuple[str, int]
 
@@ -28,11 +29,15 @@ class Action(StrEnum):
 
 
 class Expectation(NamedTuple):
-    """`endpoints`: all of them are reached, no others, equally often. `masquerade` None: not looked at."""
+    """`endpoints`: all of them are reached, no others, equally often. `masquerade` None: not looked at.
+
+    `in_turn`: connections go round the endpoints; otherwise chance decides.
+    """
 
     action: Action
     endpoints: frozenset[Endpoint] = frozenset()
     masquerade: bool | None = None
+    in_turn: bool = False
 
 
 def complaints(
@@ -62,6 +67,8 @@ def complaints(
         f"{flow}: {join_host_port(*e)} was not reached by any of {len(outcomes)}"
         for e in expected.endpoints - reached.keys()
     ]
+    if not found and expected.in_turn and len(set(reached.values())) > 1:
+        found = [f"{flow}: endpoints do not take turns: {dict(reached)}"]
     if not found and _uneven(reached):
         found = [f"{flow}: endpoints are not equally likely: {dict(reached)}"]
     return found or _broken(lab, flow)
@@ -105,6 +112,8 @@ def _broken(lab: Lab, flow: Flow) -> list[str]:
 def _tries(flow: Flow, expected: Expectation) -> int:
     if len(expected.endpoints) < 2:
         return 3
+    if expected.in_turn:
+        return TURNS * len(expected.endpoints)
     each = TRIES_PER_ENDPOINT_FROM_NODE if flow.origin is Origin.NODE else TRIES_PER_ENDPOINT
     return each * len(expected.endpoints)
 

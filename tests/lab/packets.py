@@ -12,6 +12,7 @@ import socket
 import struct
 from collections.abc import Iterable, Sequence
 from itertools import count
+from pathlib import Path
 from types import TracebackType
 
 from kproxy.model import Family, Protocol
@@ -45,6 +46,7 @@ class Lab:
         self._devices = {Origin.OUTSIDE: outside, Origin.POD: pods}
         self._tags = count(TAG_STEP, TAG_STEP)
         self._source_ports = iter(SOURCE_PORTS)
+        self._has_ipvs = self.netns.run(Path("/proc/thread-self/net/ip_vs").exists)
         self._kernel_tags: set[int] = set()  # of TCP connections that real sockets made
 
     def send(self, flow: Flow) -> Outcome:
@@ -93,9 +95,13 @@ class Lab:
         return _outcome(self._sightings([connection.tag])[connection.tag])
 
     def flush_conntrack(self) -> None:
-        """Forget every connection, so that the next packet is a first one again."""
+        """Forget every connection, so that the next packet is a first one again.
+
+        IPVS forgets connections in its own time only: where the kernel has it, source ports go on to be fresh ones.
+        """
         self.node.flush_conntrack()
-        self._source_ports = iter(SOURCE_PORTS)
+        if not self._has_ipvs:
+            self._source_ports = iter(SOURCE_PORTS)
 
     def close(self) -> None:
         """Take the node apart."""

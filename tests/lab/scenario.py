@@ -183,7 +183,8 @@ def expectation(spec: FlowSpec, mode: str) -> Expectation:
     if isinstance(expect, str):
         return Expectation(Action(expect))
     source = _of_mode(spec.source, mode)
-    return Expectation(Action.DNAT, frozenset(map(_endpoint, expect)), {"": None, "node": True, "kept": False}[source])
+    masquerade = {"": None, "node": True, "kept": False}[source]
+    return Expectation(Action.DNAT, frozenset(map(_endpoint, expect)), masquerade, in_turn=mode == "ipvs")
 
 
 def _of_mode(value: Any, mode: str) -> Any:

@@ -46,11 +46,22 @@ def _nothing_in(found: list[str], when: str) -> None:
 
 
 class Story:
-    """A scenario as it goes on. `driver` makes the proxy, in the node's namespace and with a configuration."""
+    """A scenario as it goes on. `driver` makes the proxy, in the node's namespace and with a configuration.
+
+    `rounds`: how often a change is made and taken back under traffic.
+    """
 
     def __init__(
-        self, lab: Lab, given: Objects, family: Family, mode: str, driver: Callable[[Namespace, Item], Proxy]
+        self,
+        lab: Lab,
+        given: Objects,
+        family: Family,
+        mode: str,
+        driver: Callable[[Namespace, Item], Proxy],
+        *,
+        rounds: int = ROUNDS_UNDER_TRAFFIC,
     ) -> None:
+        self._rounds = rounds
         self._lab = lab
         self._now = given
         self._family = family
@@ -77,7 +88,7 @@ class Story:
         found: set[str] = set()
 
         def to_and_fro() -> None:
-            for _ in range(ROUNDS_UNDER_TRAFFIC):
+            for _ in range(self._rounds):
                 self.change(step.changes, step.restart)
                 self.change(undone, step.restart)
             self.change(step.changes, step.restart)
