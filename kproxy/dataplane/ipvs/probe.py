@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from kproxy.dataplane.base import UnsupportedError
@@ -40,7 +40,6 @@ _DOCUMENTED = {Family.IPv4: "192.0.2.1", Family.IPv6: "2001:db8::1"}
 class Features(NamedTuple):
     """What not all machines have; the mode works without."""
 
-    versions: tuple[str, ...]  # of the iptables programs, for each family
     random_fully: bool  # MASQUERADE with fully random ports
 
 
@@ -51,15 +50,12 @@ def probe(servers: Servers, variant: Variant, families: Sequence[Family], schedu
     device.probe()
     if absent := commands.missing(variant, families):
         raise UnsupportedError(f"ipvs mode: the programs {', '.join(absent)} are missing; install iptables")
-    for family in families:
-        for table, rules in _needed(family).items():
-            if fault := _fault(variant, family, table, rules):
+    random_fully = not any(_fault(variant, family, _needed(family, random_fully=True)) for family in families)
+    if not random_fully:  # which may have other reasons
+        for family in families:
+            if fault := _fault(variant, family, _needed(family, random_fully=False)):
                 raise UnsupportedError(f"ipvs mode: {fault}")
-    fully_random = [Rule((), Masquerade(random_fully=True))]
-    return Features(
-        tuple(commands.version(variant, family) for family in families),
-        random_fully=not any(_fault(variant, family, "nat", fully_random) for family in families),
-    )
+    return Features(random_fully)
 
 
 def _try_scheduler(servers: Servers, scheduler: str) -> None:
@@ -75,14 +71,14 @@ def _try_scheduler(servers: Servers, scheduler: str) -> None:
         )
 
 
-def _needed(family: Family) -> dict[Table, list[Rule]]:
+def _needed(family: Family, *, random_fully: bool) -> dict[Table, list[Rule]]:
     """Rules that have between them every match and target of ours, but sets: those have to exist to be named."""
     outside = (NotBridged(), AddressType(source="LOCAL", source_inverted=True))
     return {
         "nat": [
             Rule((Comment("kproxy's probe; it goes at once"), *outside), Jump("RETURN")),
             Rule((MarkMatch(0x4000, 0x4000, inverted=True),), SetMark(0x4000, 0x4000)),
-            Rule((), Masquerade()),
+            Rule((), Masquerade(random_fully)),
         ],
         "filter": [
             Rule((VirtualServerMatch("tcp", _DOCUMENTED[family], 80),), Jump("DROP")),
@@ -91,9 +87,12 @@ def _needed(family: Family) -> dict[Table, list[Rule]]:
     }
 
 
-def _fault(variant: Variant, family: Family, table: Table, rules: Sequence[Rule]) -> str:
+def _fault(variant: Variant, family: Family, tables: Mapping[Table, Sequence[Rule]]) -> str:
     """What is wrong with rules; empty if nothing is."""
-    chain = [Command(":", SCRATCH, None), *(Command("-A", SCRATCH, None, rule) for rule in rules)]
-    given = list(commands.lines([Commit(table, chain)]))
+    commits = [
+        Commit(table, [Command(":", SCRATCH, None), *(Command("-A", SCRATCH, None, rule) for rule in rules)])
+        for table, rules in tables.items()
+    ]
+    given = list(commands.lines(commits))
     done = commands.restore(variant, family, given, test=True)
     return str(refusal(commands.program(variant, family, "restore"), done.stderr, given)) if done.returncode else ""
