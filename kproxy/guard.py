@@ -5,9 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+import structlog
+
 from kproxy.modes.base import Mode, Watch
 from kproxy.proxy import Observer
 from kproxy.reconcile import SyncReport
+
+log = structlog.get_logger(__name__)
 
 
 class Guarded(Observer):
@@ -48,6 +52,10 @@ class Guarded(Observer):
             try:
                 for who in watch.touches():
                     self._touched(who)
+            except OSError as error:
+                log.warning(
+                    "our part of the kernel is not watched any more, only compared once an hour", error=str(error)
+                )
             finally:
                 watch.close()
 

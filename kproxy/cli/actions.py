@@ -13,7 +13,7 @@ from kproxy.cli.invocation import Invocation, UsageError
 from kproxy.config.v1alpha1 import Configuration, ProxyMode
 from kproxy.conntrack import load_module
 from kproxy.dataplane.base import ApplyError, UnsupportedError
-from kproxy.explain import Action, Node, Packet, explain
+from kproxy.explain import Action, Node, Packet
 from kproxy.model import Family, Protocol, canonical_address
 from kproxy.modes.iptables import Iptables
 from kproxy.modes.ipvs import Ipvs
@@ -136,7 +136,7 @@ def explain_packet(invocation: Invocation) -> int:
     if not packet.interface and packet.source not in addresses:
         packet = Packet(packet.source, packet.destination, packet.port, packet.protocol, "?")
     routes = [route for service in parts.state.services() for route in parts.state.routes(service)]
-    found = explain(packet, routes, Node(parts.reconciler.facts, addresses))
+    found = parts.opened.explain(packet, routes, Node(parts.reconciler.facts, addresses))
     for reason in found.reasons:
         print(reason)
     for endpoint in found.endpoints:

@@ -57,8 +57,11 @@ def open_mode(invocation: Invocation, families: Sequence[Family], *, writes: boo
     mode = invocation.configuration.mode
     if mode is None and not writes:
         mode = in_place(families)
-        if mode is ProxyMode.IPTABLES:
-            log.warning(f"no mode is given; comparing with {mode.value} mode, whose rules are in place")
+        if mode in (ProxyMode.IPTABLES, ProxyMode.IPVS):
+            log.warning(
+                f"no mode is given: this is about {mode.value} mode, whose rules are in place;"
+                " a kproxy that runs without a mode takes nftables where the kernel can"
+            )
     if mode is None or mode is ProxyMode.NFTABLES:
         try:
             return ProxyMode.NFTABLES, _open_nftables(invocation, families, writes=writes)

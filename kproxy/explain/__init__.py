@@ -4,7 +4,6 @@ This is the plan's own account of itself, and the oracle that packets through th
 It speaks of the first packet of a connection, from a client that no affinity is known of. Each mode has its walk.
 """
 
-from kproxy.explain.nftables import explain
 from kproxy.explain.terms import Action, Explanation, Node, Packet
 
-__all__ = ["Action", "Explanation", "Node", "Packet", "explain"]
+__all__ = ["Action", "Explanation", "Node", "Packet"]

@@ -9,8 +9,9 @@ from prometheus_client import CollectorRegistry
 
 from kproxy.cluster import ClusterState
 from kproxy.dataplane.base import Dataplane
+from kproxy.explain import Explanation, Node, Packet
 from kproxy.metrics.connections import Reading
-from kproxy.model import Family
+from kproxy.model import Family, Route
 from kproxy.proxy import Observer
 
 
@@ -42,6 +43,9 @@ class Mode(Protocol):
 
     def readings(self, state: ClusterState) -> Callable[[], Iterable[Reading]]:
         """Reads the connection counters, from any thread."""
+
+    def explain(self, packet: Packet, routes: Iterable[Route], node: Node) -> Explanation:
+        """What becomes of the first packet of a connection on a node where these are all the routes."""
 
     def is_exposed(self) -> bool:
         """Whether there is something of ours in the kernel that others may change, so that it must be watched."""

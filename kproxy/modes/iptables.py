@@ -20,9 +20,10 @@ from kproxy.dataplane.iptables.dataplane import IptablesDataplane
 from kproxy.dataplane.iptables.kernel import IptablesKernel
 from kproxy.dataplane.iptables.options import INVALID_DROPPED, LOCALHOST_ACCEPTED, Options
 from kproxy.dataplane.iptables.watch import LegacyWatch, NftWatch, watch
+from kproxy.explain import Explanation, Node, Packet, iptables
 from kproxy.metrics.connections import Reading
 from kproxy.metrics.families import IptablesMetrics
-from kproxy.model import Family
+from kproxy.model import Family, Route
 from kproxy.node_addresses import PRIMARY, accepts_ipv4_loopback, node_port_cidrs
 from kproxy.proxy import Observer
 from kproxy.reconcile import SyncReport
@@ -53,6 +54,7 @@ class Iptables:
         features = self.kernel.probe()
         log.debug("iptables", variant=chosen.value, versions=features.versions)
         self._counters = _counters(make=writes) if features.nfacct else frozenset[str]()
+        self.kernel.counters = self._counters
         options = Options(
             random_fully=features.random_fully,
             drop_invalid=not current(_BE_LIBERAL),
@@ -91,6 +93,10 @@ class Iptables:
     def readings(self, state: ClusterState) -> Callable[[], Iterable[Reading]]:
         """See `kproxy.modes.base.Mode`."""
         return RuleTraffic(self.kernel.variant, self.kernel.families, state.owner).readings
+
+    def explain(self, packet: Packet, routes: Iterable[Route], node: Node) -> Explanation:
+        """See `kproxy.modes.base.Mode`."""
+        return iptables.explain(packet, routes, node, localhost_node_ports=self._opens_localhost)
 
     def is_exposed(self) -> bool:
         """See `kproxy.modes.base.Mode`. Not before the first sync, which reads everything anyhow."""

@@ -18,9 +18,10 @@ from kproxy.dataplane.ipvs.entries import RealServerKey, VirtualServerKey
 from kproxy.dataplane.ipvs.kernel import IpvsKernel
 from kproxy.dataplane.ipvs.options import Options
 from kproxy.dataplane.ipvs.settings import settings_here
+from kproxy.explain import Explanation, Node, Packet, nftables
 from kproxy.metrics.connections import Reading
 from kproxy.metrics.families import IptablesMetrics
-from kproxy.model import Endpoint, Family, Frontend, ServicePortName
+from kproxy.model import Endpoint, Family, Frontend, Route, ServicePortName
 from kproxy.proxy import Observer
 from kproxy.reconcile import SyncReport
 
@@ -75,6 +76,10 @@ class Ipvs:
     def readings(self, state: ClusterState) -> Callable[[], Iterable[Reading]]:
         """See `kproxy.modes.base.Mode`."""
         return lambda: _readings(self.kernel, state.owner)
+
+    def explain(self, packet: Packet, routes: Iterable[Route], node: Node) -> Explanation:
+        """See `kproxy.modes.base.Mode`."""
+        return nftables.explain(packet, routes, node)
 
     def is_exposed(self) -> bool:
         """See `kproxy.modes.base.Mode`."""

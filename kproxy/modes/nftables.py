@@ -11,9 +11,10 @@ from kproxy.dataplane.base import ApplyError
 from kproxy.dataplane.nftables.dataplane import NftablesDataplane
 from kproxy.dataplane.nftables.kernel import NftablesKernel
 from kproxy.dataplane.nftables.monitor import Monitor
+from kproxy.explain import Explanation, Node, Packet, nftables
 from kproxy.metrics.connections import Reading
 from kproxy.metrics.families import NftablesMetrics
-from kproxy.model import Family
+from kproxy.model import Family, Route
 from kproxy.proxy import Observer
 from kproxy.traffic import Traffic
 
@@ -38,6 +39,10 @@ class Nftables:
     def readings(self, state: ClusterState) -> Callable[[], Iterable[Reading]]:
         """See `kproxy.modes.base.Mode`."""
         return Traffic(self._families, state.owner, self._counted_endpoints).readings
+
+    def explain(self, packet: Packet, routes: Iterable[Route], node: Node) -> Explanation:
+        """See `kproxy.modes.base.Mode`."""
+        return nftables.explain(packet, routes, node)
 
     def is_exposed(self) -> bool:
         """See `kproxy.modes.base.Mode`. A table that is owned can be changed by nobody else."""

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import structlog
 
+from kproxy import sysctl
 from kproxy.config.v1alpha1 import ProxyMode
 from kproxy.dataplane.base import ApplyError, Change, Key, UnsupportedError, Value
-from kproxy.dataplane.iptables import cleanup
+from kproxy.dataplane.iptables import cleanup, localhost
 from kproxy.dataplane.iptables import describe as iptables_describe
 from kproxy.dataplane.iptables.commands import Variant
 from kproxy.dataplane.iptables.entries import BlockKey, ChainKey, JumpKey
@@ -58,6 +59,7 @@ def places(
             yield partial(_ipvs_rules, variant, families)
         yield partial(_ipvs_servers, families, excluded, patient)
     if but is not ProxyMode.IPTABLES:
+        yield partial(_localhost, families)  # first, while the rule is there that guards it
         for variant in Variant:
             yield partial(_iptables, variant, families)
 
@@ -92,6 +94,25 @@ def _ipvs_servers(families: Sequence[Family], excluded: Sequence[str], patient: 
         ipvs_cleanup.remove_servers(going)
 
     return Remains("ipvs mode", changes, ipvs_describe.describe, remove) if changes else None
+
+
+def _localhost(families: Sequence[Family]) -> Remains | None:
+    """The setting that node ports on localhost took; a proxy in iptables mode is who needs that."""
+    if not (
+        Family.IPv4 in families
+        and sysctl.current(localhost.ROUTE_LOCALNET.path)
+        and any(contents(variant, families).ours for variant in Variant)
+    ):
+        return None
+
+    def remove() -> None:
+        try:
+            sysctl.apply([localhost.setting(localhost.ROUTE_LOCALNET, None)])
+        except sysctl.SysctlError as error:
+            raise ApplyError(str(error)) from error
+
+    changes = [Change(localhost.ROUTE_LOCALNET, 1, None)]
+    return Remains("iptables mode", changes, iptables_describe.describe, remove)
 
 
 def _iptables(variant: Variant, families: Sequence[Family]) -> Remains | None:

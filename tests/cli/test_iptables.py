@@ -97,7 +97,7 @@ def test_after_a_sync_a_dry_run_finds_nothing_whether_it_is_told_the_mode_or_not
 
     assert (told.returncode, told.stdout, told.stderr) == (0, NOTHING, "")
     assert (untold.returncode, untold.stdout) == (0, NOTHING)
-    assert "no mode is given; comparing with iptables mode, whose rules are in place" in untold.stderr
+    assert "no mode is given: this is about iptables mode, whose rules are in place" in untold.stderr
     assert machine.saved() == before
 
 
@@ -301,3 +301,15 @@ def test_where_connection_tracking_is_liberal_invalid_packets_are_left_alone(mac
     machine.programmed(*web())
     neighbour.emit(Protocol.TCP, "10.9.9.9", 80, Turn.ANSWER)
     assert neighbour.sees("10.9.9.9")
+
+
+def test_explain_knows_what_iptables_mode_does_otherwise(machine: Machine):
+    path = machine.here.manifests(*web(), *exposed())
+    for packet, fate in {
+        ("10.0.0.9", "10.96.0.10:80"): "dnat",
+        ("10.0.0.9", "10.96.0.10:81"): "pass",  # nftables mode rejects other ports of a cluster IP
+        ("127.0.0.1", "127.0.0.1:30080"): "dnat",
+    }.items():
+        done = machine.here.kproxy("explain", MODE, f"--manifests={path}", *packet)
+        assert done.stdout.splitlines()[-1] == fate, packet
+    assert done.returncode == 0

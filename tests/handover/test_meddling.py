@@ -140,9 +140,7 @@ def test_harm_is_repaired_beside_what_others_have(running: Running, meddle: Medd
     assert running.stage.others_are_untouched()
 
 
-def test_an_edited_rule_is_found_within_a_period(running: Running, request: pytest.FixtureRequest):
-    if running.stage.variant is Variant.LEGACY:
-        request.applymarker(pytest.mark.xfail(reason="missed right after a write of our own"))
+def test_an_edited_rule_is_found_within_a_period(running: Running):
     is_repaired(running, edit_an_endpoint, IN_A_PERIOD[running.stage.variant])
 
 

@@ -12,7 +12,7 @@ from kproxy.dataplane.iptables.kernel import IptablesKernel
 from kproxy.dataplane.iptables.rule import Jump, Nfacct, Rule
 from kproxy.dataplane.iptables.variant import legacy_tables
 from kproxy.model import Family, Protocol
-from tests.iptables.conftest import Host
+from tests.iptables.conftest import Host, OpenHost
 from tests.iptables.services import BOTH, elaborate, entries, everything, plain
 from tests.lab.namespaces import Namespace
 from tests.lab.privileges import NEEDS_WIDE_BUFFERS
@@ -185,6 +185,14 @@ def test_what_one_family_refuses_is_taken_back_in_the_other(host: Host) -> None:
         host.bring_to({**wanted, wrong: (Rule((), Jump("KUBE-SEP-BBBBBBBBBBBBBBBB")),)})
     assert caught.value.culprits == (wrong,)
     assert diff(before, host.read()) == []
+
+
+def test_a_table_that_iptables_cannot_read_is_no_empty_table(open_host: OpenHost) -> None:
+    host = open_host(Variant.NFT)
+    host.bring_to(entries())
+    host.netns.command("nft", "add rule ip nat PREROUTING meta mark set numgen random mod 2")
+    with pytest.raises(OSError, match="table nat holds what iptables cannot understand"):
+        host.read()
 
 
 def test_a_chain_that_is_not_there_is_named(host: Host) -> None:

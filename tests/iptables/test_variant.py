@@ -153,9 +153,6 @@ def test_route_localnet_waits_for_its_guard(open_host: OpenHost) -> None:
     host.bring_to(entries())
     assert host.read()[ROUTE_LOCALNET] == 1
 
-    host.netns.run(remove, Variant.NFT, BOTH, host.netns.run(leftovers, Variant.NFT, BOTH))
-    assert ROUTE_LOCALNET not in host.read()
-
 
 def test_counters_are_made_once_and_can_be_used(netns: Namespace, host: Host) -> None:
     names = ("ct_state_invalid_dropped_pkts", "localhost_nps_accepted_pkts")

@@ -182,6 +182,17 @@ def test_harm_just_before_a_write_of_ours_is_noticed_after_it(legacy: Host, lega
     assert legacy.netns.run(legacy_watch.look)
 
 
+def test_harm_between_a_write_of_ours_and_the_next_look_is_noticed_within_a_period(
+    legacy: Host, legacy_watch: LegacyWatch, clock: Clock
+) -> None:
+    legacy.bring_to(entries(elaborate(Family.IPv4)))
+    HARM["a rule edited"](legacy)
+    legacy.netns.run(legacy_watch.look)
+    legacy.netns.run(legacy.kernel.apply, diff(everything(), entries(elaborate(Family.IPv4))))
+    clock.now += PERIOD
+    assert legacy.netns.run(legacy_watch.look)
+
+
 def test_a_legacy_watch_ends_when_it_is_told(legacy: Host, legacy_watch: LegacyWatch) -> None:
     legacy_watch.stop()
     assert legacy.netns.run(list, legacy_watch.touches()) == []

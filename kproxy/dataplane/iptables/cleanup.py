@@ -8,20 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kproxy.dataplane.base import Change, UnsupportedError, diff
-from kproxy.dataplane.iptables import commands, localhost
+from kproxy.dataplane.iptables import commands
 from kproxy.dataplane.iptables.commands import Variant
 from kproxy.dataplane.iptables.entries import is_kubelets
 from kproxy.dataplane.iptables.kernel import IptablesKernel
 from kproxy.dataplane.iptables.variant import contents
 from kproxy.model import Family
-from kproxy.sysctl import current
 
 
 def leftovers(variant: Variant, families: Sequence[Family]) -> list[Change]:
-    """What is to be removed of one variant. Changes nothing. Raises UnsupportedError and OSError.
-
-    `net.ipv4.conf.all.route_localnet` is among it: a proxy in iptables mode is who needs that.
-    """
+    """What is to be removed of one variant. Changes nothing. Raises UnsupportedError and OSError."""
     if not contents(variant, families).ours:
         return []
     if absent := commands.missing(variant, families):
@@ -29,10 +25,7 @@ def leftovers(variant: Variant, families: Sequence[Family]) -> list[Change]:
             f"the {variant} variant of iptables holds rules of ours, but {', '.join(absent)} missing"
         )
     found = _kernel(variant, families).read()
-    changes = [change for change in diff({}, found) if not is_kubelets(change.key)]
-    if Family.IPv4 in families and current(localhost.ROUTE_LOCALNET.path):
-        changes.append(Change(localhost.ROUTE_LOCALNET, 1, None))
-    return changes
+    return [change for change in diff({}, found) if not is_kubelets(change.key)]
 
 
 def remove(variant: Variant, families: Sequence[Family], changes: Sequence[Change]) -> None:

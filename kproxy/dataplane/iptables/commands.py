@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +13,8 @@ from kproxy.dataplane.iptables.names import Table
 from kproxy.dataplane.iptables.restore import TABLES, Command, Commit
 from kproxy.dataplane.iptables.xtables_lock import WAIT_SECONDS
 from kproxy.model import Family
+
+_INCOMPATIBLE = re.compile(r"^# Table `(\w+)' is incompatible", re.MULTILINE)
 
 
 class Variant(StrEnum):
@@ -57,6 +60,11 @@ def save(variant: Variant, family: Family, tables: Iterable[Table] | None = None
         done = _run([name, *selection])
         if done.returncode:
             raise OSError(f"{name}: {_reason(done)}")
+        for table in _INCOMPATIBLE.findall(done.stdout):  # it is left out, and the status is 0
+            if table in TABLES:
+                raise OSError(
+                    f"{name}: table {table} holds what iptables cannot understand; see nft list table ip {table}"
+                )
         texts.append(done.stdout)
     return "".join(texts)
 

@@ -10,7 +10,7 @@ import ctypes
 import os
 import socket
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import NamedTuple
@@ -47,6 +47,7 @@ class Journal:
         self.writes = 0
         self.shape: Shape = ()  # of the legacy tables, after our last write or look
         self.disturbed = False  # somebody wrote before one of our writes
+        self.holds: Counter[Family] = Counter()  # the legacy tables, if only we wrote since they were read (digest.py)
         self._variant = variant
         self._families = families
         self._spans: deque[Span] = deque(maxlen=_REMEMBERED)

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import structlog
 
 from kproxy.dataplane.base import ApplyError, Change, Entries, Key, UnsupportedError, Value
-from kproxy.dataplane.iptables import commands, localhost
+from kproxy.dataplane.iptables import commands, digest, localhost
+from kproxy.dataplane.iptables.accounting import ensure_counters
 from kproxy.dataplane.iptables.commands import Variant
 from kproxy.dataplane.iptables.entries import BlockKey, ChainKey, JumpKey, SettingKey, concerns_us, entries_of
 from kproxy.dataplane.iptables.journal import Journal
@@ -43,6 +44,7 @@ class IptablesKernel:
         self.variant = variant
         self.journal = Journal(variant, self.families)
         self.has_read = False
+        self.counters: frozenset[str] = frozenset()  # nfacct objects that rules refer to, so that they must be there
         # For metrics: rules of ours; those written last; writes that were refused, and of them those of a part only.
         self.rules: Counter[tuple[Family, Table]] = Counter()
         self.written: Counter[tuple[Family, Table]] = Counter()
@@ -85,6 +87,8 @@ class IptablesKernel:
             if self.variant is Variant.LEGACY and not legacy_tables(family):
                 continue  # asking for a legacy table makes it
             saved = commands.save(self.variant, family, tables)
+            if self.variant is Variant.LEGACY and tables is None:
+                self.journal.holds[family] = digest.of_saved(saved)
             guards = self._guards_localhost and family is Family.IPv4
             entries.update(entries_of(family, parse_tables(saved, family), guards_localhost=guards))
         return entries
@@ -103,9 +107,13 @@ class IptablesKernel:
                 settings.append((change.key, change.new))
             else:
                 by_family[_family(change)].append(change)
+        if self.counters:
+            ensure_counters(sorted(self.counters))
         try:
             with self.journal.writing():
                 self._apply(by_family)
+                if self.variant is Variant.LEGACY:
+                    self.journal.holds.update({f: digest.of_changes(part) for f, part in by_family.items()})
         except OSError as error:
             raise ApplyError(f"iptables: {error}", transient=True) from error
         changed = [change for of_family in by_family.values() for change in of_family]

@@ -45,4 +45,5 @@ def is_guarded(in_place: Entries) -> bool:
 
 def setting(key: SettingKey, wanted: object) -> Setting:
     """What is to be written; None: the setting is taken back."""
-    return Setting(key.path, int(wanted is not None), opt_out="iptables.localhostNodePorts: false")
+    opt_out = "iptables.localhostNodePorts: false" if wanted is not None else ""
+    return Setting(key.path, int(wanted is not None), opt_out=opt_out)

@@ -5,6 +5,7 @@ For every match and target the programs ask the kernel for its revision, so a mi
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ from kproxy.dataplane.iptables.rule import (
 )
 from kproxy.model import Family, join_host_port
 
+_ATTEMPTS = 6  # each waits for a few seconds if others have the lock
 SCRATCH = "KUBE-PROXY-PROBE"
 _NETWORK = {Family.IPv4: "192.0.2.0/24", Family.IPv6: "2001:db8::/32"}
 _ADDRESS = {Family.IPv4: "192.0.2.1", Family.IPv6: "2001:db8::1"}
@@ -98,5 +100,14 @@ def _fault(variant: Variant, family: Family, table: Table, rules: Sequence[Rule]
     """What is wrong with rules; empty if nothing is."""
     chain = [Command(":", SCRATCH, None), *(Command("-A", SCRATCH, None, rule) for rule in rules)]
     given = list(commands.lines([Commit(table, chain)]))
-    done = commands.restore(variant, family, given, test=True)
-    return str(refusal(commands.program(variant, family, "restore"), done.stderr, given)) if done.returncode else ""
+    for _ in range(_ATTEMPTS):
+        done = commands.restore(variant, family, given, test=True)
+        if not done.returncode:
+            return ""
+        fault = refusal(commands.program(variant, family, "restore"), done.stderr, given)
+        if not fault.transient:
+            return str(fault)
+        if "ermi" in done.stderr:  # permission denied, not permitted
+            needed = " and CAP_NET_RAW" if variant is Variant.LEGACY else ""
+            raise OSError(errno.EPERM, f"{fault} (it takes CAP_NET_ADMIN{needed})")
+    raise OSError(errno.EAGAIN, str(fault))
