@@ -8,13 +8,10 @@ leaves the size.
 
 from __future__ import annotations
 
-import errno
 import select
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Self
 
 import structlog
 
@@ -25,109 +22,56 @@ from kproxy.dataplane.iptables.journal import Journal, generation, legacy_shape
 from kproxy.dataplane.iptables.kernel import IptablesKernel
 from kproxy.dataplane.iptables.variant import legacy_tables
 from kproxy.dataplane.nftables.expressions import NFPROTO
-from kproxy.dataplane.nftables.nfnetlink import NETLINK_NETFILTER, Msg, NetlinkSocket, Received, messages, parsed, text
+from kproxy.dataplane.nftables.listener import SOMEBODY, Listener, Stoppable, process_of
+from kproxy.dataplane.nftables.nfnetlink import Msg, NetlinkSocket, Received, parsed, text
 
-_GROUP_NFTABLES = 7  # NFNLGRP_NFTABLES
-_SOL_NETLINK = 270
-_NETLINK_ADD_MEMBERSHIP = 1
-_SO_RCVBUFFORCE = 33
-_RECEIVE_SIZE = 1 << 17
 _RECEIVE_BUFFER = 1 << 23  # our own bulk loads are notified, too
 _TABLE, _RULE_CHAIN, _CHAIN_NAME = 1, 2, 3
-_GENERATION, _PROCESS_ID, _PROCESS_NAME = 1, 2, 3
+_GENERATION = 1
 _LOOK_SECONDS = 1.0
-SOMEBODY = "somebody"
 
 log = structlog.get_logger(__name__)
 
 
-class NftWatch:
+class NftWatch(Listener):
     """Watches the nft variant in the network namespace of the thread that creates it. Raises OSError."""
 
     def __init__(self, kernel: IptablesKernel) -> None:
         self._journal = kernel.journal
         self._protocols = {NFPROTO[family] for family in kernel.families}
-        self._stopped, self._stopper = socket.socketpair()
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
         self._touched = False
         self._netlink = NetlinkSocket()
-        try:
-            self._seen = kernel.journal.read_at or generation(self._netlink)
-            try:
-                self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BUFFER)
-            except PermissionError:  # in a user namespace; then more is lost, and looked after
-                pass
-            self._socket.bind((0, 0))
-            self._socket.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, _GROUP_NFTABLES)
-            self._socket.setblocking(False)
-        except OSError:
-            self.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self._seen = kernel.journal.read_at or generation(self._netlink)
+        super().__init__(_RECEIVE_BUFFER)
 
     def close(self) -> None:
-        """Release the sockets; `touches` must have ended."""
-        for used in (self._socket, self._stopped, self._stopper, self._netlink):
-            used.close()
-
-    def stop(self) -> None:
-        """End `touches` from any thread."""
-        _shut(self._stopper)
+        """See `Listener`."""
+        self._netlink.close()
+        super().close()
 
     def touches(self) -> Iterator[str]:
-        """Wait for foreign changes of our chains; who made them, as far as that is known. Ends on `stop`."""
-        poll = select.poll()
-        poll.register(self._stopped, select.POLLIN)
-        poll.register(self._socket, select.POLLIN)
-        if self._lost():  # before the watch began
+        """See `Listener`. What was changed since the kernel was read, before the watch began, comes first."""
+        if self._lost():
             yield SOMEBODY
-        while True:
-            ready = {descriptor for descriptor, _ in poll.poll()}
-            if self._stopped.fileno() in ready:
-                return
-            if who := self._drain():
-                yield ", ".join(who)
+        yield from super().touches()
 
-    def _drain(self) -> list[str]:
-        who: dict[str, None] = {}
-        while True:
-            try:
-                datagram = self._socket.recv(_RECEIVE_SIZE)
-            except BlockingIOError:
-                return list(who)
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
-                if self._lost():
-                    who["somebody (more notifications than could be received)"] = None
-                continue
-            for received in messages(datagram):
-                if received.type != Msg.NEWGEN:
-                    self._touched |= received.family in self._protocols and _concerns_us(received)
-                    continue
-                members = parsed(received.attributes)  # a transaction's own notification comes last
-                self._seen = int.from_bytes(members.get(_GENERATION, b""), "big")
-                if self._touched:
-                    self._touched = False
-                    self._note(members, who)
+    def _heard(self, received: Received) -> str:
+        if received.type != Msg.NEWGEN:
+            self._touched |= received.family in self._protocols and _concerns_us(received)
+            return ""
+        members = parsed(received.attributes)
+        self._seen = int.from_bytes(members.get(_GENERATION, b""), "big")
+        touched, self._touched = self._touched, False
+        if not touched:
+            return ""
+        with self._journal.lock:  # a write of ours that is under way is known when it has ended
+            ours = self._journal.are_ours(self._seen - 1, self._seen)
+        return "" if ours else process_of(members)
 
     def _lost(self) -> bool:
-        """Whether notifications were lost of what was not our doing."""
         with self._journal.lock:
             after, self._seen = self._seen, generation(self._netlink)
             return not self._journal.are_ours(after, self._seen)
-
-    def _note(self, members: dict[int, bytes], who: dict[str, None]) -> None:
-        with self._journal.lock:  # a write of ours that is under way is known when it has ended
-            if self._journal.are_ours(self._seen - 1, self._seen):
-                return
-        name = text(members.get(_PROCESS_NAME, b"")) or "a process"
-        who[f"{name} (process {int.from_bytes(members.get(_PROCESS_ID, b''), 'big')})"] = None
 
 
 def _concerns_us(received: Received) -> bool:
@@ -147,34 +91,19 @@ def _concerns_us(received: Received) -> bool:
             return False
 
 
-class LegacyWatch:
+class LegacyWatch(Stoppable):
     """Watches the legacy variant in the network namespace of the thread that calls `touches`.
 
     `period`: seconds between looks at the rules themselves; syncPeriod.
     """
 
     def __init__(self, kernel: IptablesKernel, period: float, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
         self._families = kernel.families
         self._journal: Journal = kernel.journal
         self._period = period
         self._clock = clock
-        self._stopped, self._stopper = socket.socketpair()
         self._look_at = 0.0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Release the sockets; `touches` must have ended."""
-        self._stopped.close()
-        self._stopper.close()
-
-    def stop(self) -> None:
-        """End `touches` from any thread."""
-        _shut(self._stopper)
 
     def touches(self) -> Iterator[str]:
         """Wait for foreign changes of our chains; nobody can tell whose. Ends on `stop`.
@@ -212,10 +141,3 @@ class LegacyWatch:
 def watch(kernel: IptablesKernel, period: float) -> NftWatch | LegacyWatch:
     """The watch for the kernel's variant. `period`: see `LegacyWatch`. Raises OSError."""
     return NftWatch(kernel) if kernel.variant is Variant.NFT else LegacyWatch(kernel, period)
-
-
-def _shut(stopper: socket.socket) -> None:
-    try:
-        stopper.shutdown(socket.SHUT_RDWR)
-    except OSError:  # it has ended and is closed
-        pass
