@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from kproxy.dataplane.base import UnsupportedError
@@ -56,6 +57,16 @@ def probe(servers: Servers, variant: Variant, families: Sequence[Family], schedu
             if fault := _fault(variant, family, _needed(family, random_fully=False)):
                 raise UnsupportedError(f"ipvs mode: {fault}")
     return Features(random_fully)
+
+
+def have_modules_loaded(variant: Variant, families: Sequence[Family]) -> None:
+    """Have the kernel load IPVS where it is a module that nobody has used yet; what is missing shows later.
+
+    The kernel does not do that for who asks IPVS itself, but for rules about virtual servers, which cannot do without.
+    Nothing but CAP_NET_ADMIN is needed for that, and no program to load modules within a container.
+    """
+    if not Path("/proc/thread-self/net/ip_vs").exists():
+        _fault(variant, families[0], _needed(families[0], random_fully=False))
 
 
 def _try_scheduler(servers: Servers, scheduler: str) -> None:
