@@ -37,10 +37,11 @@ class Traffic:
     """On each way `lasting` connections that speak in turn, and a stream of new ones; a context manager.
 
     Afterwards `failures` tells each connection that failed or was answered by another pod than before. A new one fails,
-    too, if its first packet was lost.
+    too, if its first packet was lost. `every`: seconds from one new connection of a way to the next, if it is done by
+    then; the least leaves the processor to the others.
     """
 
-    def __init__(self, ways: Sequence[Way], lasting: int) -> None:
+    def __init__(self, ways: Sequence[Way], lasting: int, *, every: float = 0.001) -> None:
         self._closing = ExitStack()
         self._lasting = [
             (way, _Lasting(self._closing.enter_context(way.client.connect(way.address, way.port))))
@@ -49,7 +50,7 @@ class Traffic:
         ]
         self._over = threading.Event()
         self._lasting_failures: list[str] = []
-        self.streams = [_Stream(way, self._over) for way in ways]
+        self.streams = [_Stream(way, self._over, every) for way in ways]
         self.rounds = 0
         self._threads = [threading.Thread(target=stream.run, name="stream", daemon=True) for stream in self.streams]
         self._threads.append(threading.Thread(target=self._speak, name="lasting", daemon=True))
@@ -114,8 +115,8 @@ class _Lasting:
 
 
 class _Stream:
-    def __init__(self, way: Way, over: threading.Event) -> None:
-        self._way, self._over = way, over
+    def __init__(self, way: Way, over: threading.Event, every: float) -> None:
+        self._way, self._over, self._every = way, over, every
         self.answers: Counter[str] = Counter()
         self.failures: list[str] = []
 
@@ -130,7 +131,7 @@ class _Stream:
                 self._over.wait(0.01)  # a refusal comes at once; do not spin on it
             else:
                 self.answers[pod] += 1
-            self._over.wait(0.001 - (time.monotonic() - begin))  # leave the processor to the others
+            self._over.wait(self._every - (time.monotonic() - begin))
 
     def _connect_and_ask(self) -> str:
         with self._way.client.connect(self._way.address, self._way.port, timeout=_LOST) as connection:

@@ -1,0 +1,111 @@
+"""From iptables mode to ipvs mode and back, under traffic: no new connection fails, nothing is left of the old mode."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kproxy.config.v1alpha1 import ProxyMode
+from kproxy.dataplane.ipvs import jumps as ipvs_mode
+from tests.handover.connections import Traffic, Way
+from tests.lab.cluster import Cluster, Node
+from tests.lab.cluster_objects import port, service
+from tests.lab.proxy_process import ProxyProcess
+from tests.lab.waiting import eventually
+
+pytestmark = pytest.mark.ipvs
+
+WEB = "10.96.0.10", "fd00:96::10"
+NODE_PORT = 30080
+LASTING = 3
+CONNECTIONS = 5
+EVERY = 0.2  # seconds: the proxies shall get some of User-Mode Linux's one processor
+SECONDS = 60.0  # for what takes some; User-Mode Linux is slow
+ROUTE_LOCALNET = "net/ipv4/conf/all/route_localnet"
+COUNTERS = re.compile(r" \[\d+:\d+\]|^#.*\n", re.MULTILINE)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """Two nodes, of which one is to have a proxy; a Service with pods on both, and an idle one."""
+    with Cluster(2) as made:
+        for number, node in enumerate(made.nodes):
+            made.run_pod(f"web-{number}", node, {"app": "web"})
+        made.apply(
+            service("web", *WEB, type="NodePort", ports=[port(80, node_port=NODE_PORT)]),
+            service("empty", "10.96.0.11"),
+        )
+        yield made
+
+
+@pytest.fixture
+def node(cluster: Cluster) -> Iterator[Node]:
+    node = cluster.nodes[0]
+    yield node
+    if node.proxy:
+        node.proxy.stop()
+        print(node.proxy.log.read_text())
+
+
+def start(cluster: Cluster, node: Node, mode: ProxyMode, folder: Path) -> None:
+    """The proxy of the node ends, and one in another mode begins."""
+    if node.proxy:
+        node.proxy.stop()
+    flags = [*cluster.proxy_flags(node), f"--proxy-mode={mode.value}"]
+    node.proxy = ProxyProcess(node, flags, folder / "kproxy.log")
+    node.proxy.start()
+    node.proxy.wait_until_synced(seconds=SECONDS)
+
+
+def rules(node: Node) -> str:
+    return "".join(COUNTERS.sub("", node.exec(f"{program}-legacy-save")) for program in ("iptables", "ip6tables"))
+
+
+def chains(node: Node) -> set[str]:
+    """Those of proxies: that which guards loopback addresses stays, for it is kubelet's as well."""
+    return set(re.findall(r"^:(KUBE-\S+)", rules(node), re.MULTILINE)) - {"KUBE-FIREWALL"}
+
+
+def are_rules_of_ipvs_mode_gone(node: Node) -> bool:
+    return not {chain for _, chain in ipvs_mode.OWN} & chains(node)
+
+
+def is_all_of_iptables_mode_gone(node: Node) -> bool:
+    return chains(node) == {chain for _, chain in ipvs_mode.CHAINS}
+
+
+def test_iptables_to_ipvs_and_back(cluster: Cluster, node: Node, tmp_path: Path) -> None:
+    start(cluster, node, ProxyMode.IPTABLES, tmp_path)
+    at_first = rules(node)
+    ways = [Way(node, WEB[0], 80), Way(node, WEB[1], 80), Way(cluster.client, node.ipv4, NODE_PORT)]
+
+    with Traffic(ways, LASTING, every=EVERY) as there:  # who is connected already stays so
+        there.more(CONNECTIONS)
+        start(cluster, node, ProxyMode.IPVS, tmp_path)
+        eventually(lambda: is_all_of_iptables_mode_gone(node), "iptables mode is gone", seconds=SECONDS)
+        there.more(CONNECTIONS)
+    assert there.failures == []
+    for stream in there.streams:
+        assert stream.answers.keys() == {"web-0", "web-1"}
+    assert node.exec("cat", f"/proc/sys/{ROUTE_LOCALNET}") == "0\n"
+    dry_run = cluster.kproxy(node, "--proxy-mode=ipvs", "--dry-run")
+    assert dry_run.returncode == 0, dry_run.stdout
+
+    with Traffic(ways, LASTING, every=EVERY) as back:
+        back.more(CONNECTIONS)
+        start(cluster, node, ProxyMode.IPTABLES, tmp_path)
+        eventually(lambda: are_rules_of_ipvs_mode_gone(node), "the rules of ipvs mode are gone", seconds=SECONDS)
+        back.more(CONNECTIONS)
+    assert back.failures == []
+    assert sorted(rules(node).splitlines()) == sorted(at_first.splitlines())
+    # What is connected through IPVS still needs virtual servers, but nobody gets to them any more.
+    assert not re.search("-w [1-9]", node.exec("ipvsadm", "-Sn"))
+
+    node.proxy.stop()
+    assert cluster.kproxy(node, "--cleanup").returncode == 0
+    assert chains(node) == set()
+    assert node.exec("ipvsadm", "-Sn") + node.exec("ipset", "list", "-n") == ""
+    assert "kube-ipvs0" not in node.exec("ip", "link")
