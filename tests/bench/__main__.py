@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 
-from tests.bench import iptables
+from tests.bench import iptables, ipvs
 from tests.bench.baseline import load_chain_per_service
 from tests.bench.measure import Figures, measure
 
@@ -21,10 +21,12 @@ INSIDE = "KPROXY_BENCH_INSIDE"
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--services", help="how many, comma separated; each mode has sizes of its own otherwise")
-    parser.add_argument("--mode", choices=("nftables", "iptables"), help="only this one")
+    parser.add_argument("--mode", choices=("nftables", "iptables", "ipvs"), help="only this one; ipvs only if named")
     parser.add_argument("--variant", choices=("nft", "legacy"), help="of iptables, only this one")
     parser.add_argument("--endpoints", type=int, default=10, help="endpoints of each service")
     arguments = parser.parse_args()
+    if arguments.mode == "ipvs":
+        return ipvs.main(sizes(arguments.services or "100,1000"), arguments.endpoints)
     if INSIDE not in os.environ:
         command = ["unshare", "--net", sys.executable, "-m", "tests.bench", *sys.argv[1:]]
         return subprocess.run(command, env={**os.environ, INSIDE: "1"}, check=False).returncode
