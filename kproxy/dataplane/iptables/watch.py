@@ -60,12 +60,14 @@ class NftWatch(Listener):
             self._touched |= received.family in self._protocols and _concerns_us(received)
             return ""
         members = parsed(received.attributes)
-        self._seen = int.from_bytes(members.get(_GENERATION, b""), "big")
+        seen = int.from_bytes(members.get(_GENERATION, b""), "big")
+        if not self._behind:
+            self._seen = seen
         touched, self._touched = self._touched, False
         if not touched:
             return ""
         with self._journal.lock:  # a write of ours that is under way is known when it has ended
-            ours = self._journal.are_ours(self._seen - 1, self._seen)
+            ours = self._journal.are_ours(seen - 1, seen)
         return "" if ours else process_of(members)
 
     def _lost(self) -> bool:

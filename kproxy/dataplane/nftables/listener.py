@@ -17,6 +17,7 @@ _SO_RCVBUFFORCE = 33
 _RECEIVE_SIZE = 1 << 17
 _PROCESS_ID, _PROCESS_NAME = 2, 3  # of a generation
 SOMEBODY = "somebody"
+_TOO_MANY = f"{SOMEBODY} (more notifications than could be received)"
 
 
 class Stoppable:
@@ -52,6 +53,7 @@ class Listener(Stoppable):
 
     def __init__(self, buffer: int = 0) -> None:
         super().__init__()
+        self._behind = False
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
         try:
             self._prepare(self._socket)
@@ -90,12 +92,17 @@ class Listener(Stoppable):
             try:
                 datagram = self._socket.recv(_RECEIVE_SIZE)
             except BlockingIOError:
+                if self._behind and self._lost():
+                    yield _TOO_MANY
+                self._behind = False
                 return
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
+                # Until everything that waits has been received, the kernel tells of no further loss.
+                self._behind = True
                 if self._lost():
-                    yield f"{SOMEBODY} (more notifications than could be received)"
+                    yield _TOO_MANY
                 continue
             for received in messages(datagram):
                 if who := self._heard(received):
@@ -109,7 +116,7 @@ class Listener(Stoppable):
         raise NotImplementedError
 
     def _lost(self) -> bool:
-        """Some notifications were lost: whether that is worth telling."""
+        """Some notifications were lost, or may have been since this was last asked: whether that is worth telling."""
         raise NotImplementedError
 
 
