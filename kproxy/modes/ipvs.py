@@ -17,8 +17,10 @@ from kproxy.dataplane.ipvs.dataplane import IpvsDataplane
 from kproxy.dataplane.ipvs.entries import RealServerKey, VirtualServerKey
 from kproxy.dataplane.ipvs.kernel import IpvsKernel
 from kproxy.dataplane.ipvs.options import Options
+from kproxy.dataplane.ipvs.probe import have_modules_loaded
 from kproxy.dataplane.ipvs.settings import settings_here
-from kproxy.explain import Explanation, Node, Packet, nftables
+from kproxy.explain import Explanation, Node, Packet
+from kproxy.explain.ipvs import explain
 from kproxy.metrics.connections import Reading
 from kproxy.metrics.families import IptablesMetrics
 from kproxy.model import Endpoint, Family, Frontend, Route, ServicePortName
@@ -46,9 +48,11 @@ class Ipvs:
     ) -> None:
         ipvs = configuration.ipvs
         scheduler = ipvs.scheduler or "rr"
+        chosen = variant.find(families)
+        have_modules_loaded(chosen, families)
         self.kernel = IpvsKernel(
             families,
-            variant.find(families),
+            chosen,
             excluded=ipvs.exclude_cidrs,
             drain_seconds=settings.ipvs.drain_timeout.seconds,
         )
@@ -58,10 +62,11 @@ class Ipvs:
                 log.info("set", file=f"/{setting.path}", value=setting.value)
             timeouts = (ipvs.tcp_timeout, ipvs.tcp_fin_timeout, ipvs.udp_timeout)
             self.kernel.set_timeouts(*(int(timeout.seconds) for timeout in timeouts))
+        self._stock_local_fallback = settings.ipvs.stock_local_fallback
         options = Options(
             scheduler=scheduler,
             random_fully=features.random_fully,
-            stock_local_fallback=settings.ipvs.stock_local_fallback,
+            stock_local_fallback=self._stock_local_fallback,
         )
         self.dataplane = IpvsDataplane(self.kernel, options)
 
@@ -79,7 +84,7 @@ class Ipvs:
 
     def explain(self, packet: Packet, routes: Iterable[Route], node: Node) -> Explanation:
         """See `kproxy.modes.base.Mode`."""
-        return nftables.explain(packet, routes, node)
+        return explain(packet, routes, node, stock_local_fallback=self._stock_local_fallback)
 
     def is_exposed(self) -> bool:
         """See `kproxy.modes.base.Mode`."""
