@@ -155,7 +155,7 @@ api_server() {
     } | sed -n 's|^ *server: *||p' | head -n 1
 }
 
-# wait_until_programmed GREP-PATTERN SECONDS: waits until every kproxy pod's dry run prints it. Returns 1 if time is up.
+# wait_until_programmed CONDITION SECONDS: waits until it holds for the dry run of every kproxy pod. Returns 1 if time is up.
 wait_until_programmed() {
     deadline=$(($(date +%s) + $2))
     while ! programmed "$1" >"$work/programmed" 2>&1; do
@@ -163,12 +163,30 @@ wait_until_programmed() {
             cat "$work/programmed" >&2
             return 1
         }
-        sleep 2
+        sleep 1
     done
     cat "$work/programmed"
 }
 
-# Prints the first line of a dry run on every node where kproxy should run; fails if one does not match the pattern.
+# Conditions, for what a dry run has printed to a file. Services are as they should be, whatever else there is:
+rules_are_in() {
+    grep -Eq 'nothing to change| 0 to add, [0-9]+ to remove, 0 to change' "$1"
+}
+
+# Nothing else is there, either:
+nothing_to_change() {
+    grep -q 'nothing to change' "$1"
+}
+
+# … except for virtual servers of ipvs mode, which may stay for their connections, but get no new ones:
+only_connections_left() {
+    nothing_to_change "$1" || {
+        rules_are_in "$1" && grep -q '^Left by ipvs mode$' "$1" &&
+            ! grep -E '^(Service |For all Services|Left by )' "$1" | grep -qv '^Left by ipvs mode$'
+    }
+}
+
+# Prints the first line of a dry run on every node where kproxy should run; fails if the condition does not hold on one.
 programmed() {
     $kube_system get pods -l "$selector" \
         -o 'jsonpath={range .items[?(@.status.phase=="Running")]}{.metadata.name} {.spec.nodeName} {.spec.containers[0].args[*]}{"\n"}{end}' \
@@ -184,13 +202,27 @@ programmed() {
         # shellcheck disable=SC2046 # one word an argument
         $kube_system exec "$pod" -c kproxy -- kproxy $(say "$arguments" | sed "s|\$(NODE_NAME)|$node|g") --dry-run \
             </dev/null >"$work/dry-run" 2>&1 || true # 1 tells of a difference
-        grep -Eq "$1" "$work/dry-run" || all_match=1
+        "$1" "$work/dry-run" || all_match=1
         grep -E -m 1 'mode, node ' "$work/dry-run" || {
             say "on $node:"
             cat "$work/dry-run"
         }
     done <"$work/pods"
     return $all_match
+}
+
+# check_rollout SECONDS: waits until the kproxy that was rolled out is ready everywhere, and the kernels hold what they should.
+check_rollout() {
+    $kube_system rollout status daemonset/kproxy --timeout="$1s" || {
+        show_kproxy
+        die "kproxy does not become ready"
+    }
+    wait_until_programmed only_connections_left 180 || {
+        show_kproxy
+        die "a node's kernel does not hold what it should"
+    }
+    ! grep -q ' to remove, ' "$work/programmed" ||
+        say "Virtual servers of ipvs mode stay while they have connections, a quarter of an hour at most."
 }
 
 # What to look at when kproxy does not come up.

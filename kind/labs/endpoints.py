@@ -57,7 +57,7 @@ def affinity(lab: Lab) -> None:
         return next(iter(seen))
 
     with lab.check("with affinity one and the same answers 20 times"):
-        chosen = wait_for(one_answers, "one server has all requests", 20)
+        chosen = wait_for(one_answers, "one server has all requests", lab.patience)
     with lab.check(f"… and it stays with {chosen} for 50 more"):
         expect(dict(lab.ask(url, 50)), {chosen: 50}, "who answered")
     other = {"nginx": "httpd", "httpd": "nginx"}[chosen]

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 Object = dict[str, Any]
 
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.2
 
 
 class LabError(Exception):

@@ -55,11 +55,15 @@ def say(text: str) -> None:
 
 
 class Lab:
-    """One run of one lab. Pages are identified by what the server pods say when they are asked directly."""
+    """One run of one lab. Pages are identified by what the server pods say when they are asked directly.
 
-    def __init__(self, name: str, kind: KindCluster | None) -> None:
-        self.namespace = f"kproxy-e2e-{name}"
+    `patience`: the seconds until a change must have reached every node.
+    """
+
+    def __init__(self, name: str, kind: KindCluster | None, patience: float) -> None:
+        self.name, self.namespace = name, f"kproxy-e2e-{name}"
         self.kind = kind
+        self.patience = patience
         self._pages: dict[str, str] = {}  # checksum → name of the server
 
     # Telling
@@ -179,7 +183,7 @@ class Lab:
         """How often which server has answered the client, and how often nobody; the third time is the last request."""
         return self._names(self._look(url, times))
 
-    def answers(self, url: str, *servers: str, within: float = 20) -> None:
+    def answers(self, url: str, *servers: str, within: float | None = None) -> None:
         """Every request must be answered, and by each of the servers, soon. Raises LabError."""
 
         def all_answer() -> bool:
@@ -188,9 +192,9 @@ class Lab:
                 raise LabError(f"{url} was answered by {_shares(seen)}")
             return True
 
-        wait_for(all_answer, f"{url} is answered by {' and '.join(servers)}", within)
+        wait_for(all_answer, f"{url} is answered by {' and '.join(servers)}", within or self.patience)
 
-    def refuses(self, url: str, within: float = 20) -> None:
+    def refuses(self, url: str) -> None:
         """Nobody may answer, soon. Raises LabError."""
 
         def nobody_answers() -> bool:
@@ -199,7 +203,7 @@ class Lab:
                 raise LabError(f"{url} was answered by {_shares(seen)}")
             return True
 
-        wait_for(nobody_answers, f"{url} is not answered", within)
+        wait_for(nobody_answers, f"{url} is not answered", self.patience)
 
     @contextmanager
     def traffic(self, url: str) -> Iterator[Counter[str]]:

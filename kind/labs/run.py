@@ -9,7 +9,7 @@ from collections.abc import Callable
 from labs import endpoints, manifests, services
 from labs.kubectl import LabError, kubectl, missing_tool
 from labs.lab import Lab, say
-from labs.nodes import KindCluster, kind_cluster, proxy_pods, wait_until_programmed
+from labs.nodes import kind_cluster, proxy_pods, wait_until_programmed
 
 LABS: dict[str, Callable[[Lab], None]] = {
     "nodeport": services.node_port,
@@ -44,7 +44,7 @@ def main() -> int:
         return 2
     begin = time.monotonic()
     chosen = list(dict.fromkeys(arguments.lab)) or list(LABS)
-    failed = [name for name in chosen if not _run(name, kind, keep=arguments.keep)]
+    failed = [name for name in chosen if not _run(Lab(name, kind, arguments.patience), LABS[name], keep=arguments.keep)]
     passed = len(chosen) - len(failed)
     say(f"\n{passed} of {len(chosen)} labs passed in {time.monotonic() - begin:.0f} s")
     if failed:
@@ -52,17 +52,15 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _run(name: str, kind: KindCluster | None, *, keep: bool) -> bool:
-    function = LABS[name]
-    say(f"\n{name}: {function.__doc__}")
-    lab = Lab(name, kind)
+def _run(lab: Lab, function: Callable[[Lab], None], *, keep: bool) -> bool:
+    say(f"\n{lab.name}: {function.__doc__}")
     passed = False
     try:
         lab.open()
         function(lab)
         passed = True
     except LabError as error:
-        say(f"\n{name} failed: {error}")
+        say(f"\n{lab.name} failed: {error}")
         _show_trouble(lab)
     finally:
         if not keep:
@@ -95,4 +93,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--lab", action="append", default=[], choices=LABS, help="only this one; may be repeated")
     parser.add_argument("--keep", action="store_true", help="leave the namespaces as they are at the end")
+    parser.add_argument(
+        "--patience", type=float, default=20, metavar="SECONDS", help="until a change must be seen; default %(default)s"
+    )
     return parser.parse_args()

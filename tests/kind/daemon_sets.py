@@ -1,13 +1,15 @@
 """DaemonSets of the cluster lab: kproxy as its manifests deploy it, a process on every node.
 
-kube-proxy is played by kproxy: in iptables mode both write the same rules. What a kubelet would mount is
-written to a directory, and that takes the place of the mount path in arguments and files.
+kube-proxy is played by kproxy, for in iptables mode both write the same rules, or by the command of a container. What a
+kubelet would mount is written to a directory, and that takes the place of the mount path in arguments and files.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,14 @@ class _Daemon:
             return False
 
 
+class _Program(ProxyProcess):
+    """A program of this machine in the place of kproxy."""
+
+    def __init__(self, node: Node, command: Sequence[str], log: Path) -> None:
+        super().__init__(node, (), log)
+        self._command = tuple(command)
+
+
 class DaemonSets:
     """Runs the DaemonSets that are created, until they are deleted."""
 
@@ -77,21 +87,17 @@ class DaemonSets:
         template = written["spec"]["template"]
         with self._lock:
             self._versions[name] = 0
-            mounts = self._mount(namespace, template["spec"])
-            self._daemons[name] = [self._daemon(name, node, template["spec"], mounts) for node in self._cluster.nodes]
-            for daemon in self._daemons[name]:
-                spec = {**template["spec"], "nodeName": daemon.node.name}
-                metadata = {**template["metadata"], "name": f"{name}-{daemon.node.name}", "namespace": namespace}
-                self._store.put(PODS, {"metadata": metadata, "spec": spec, "status": {"phase": "Running"}})
+            self._daemons[name] = self._started(Key(namespace, name), template, self._cluster.nodes)
             self._show(Key(namespace, name))
 
     def restarted(self, key: Key, written: Object) -> None:
         """Replace its processes one after the other, by what it says now."""
         with self._lock:
-            self._mount(key.namespace, written["spec"]["template"]["spec"])
             self._versions[key.name] += 1
+            version = self._versions[key.name]
             self._show(key)
-        thread = threading.Thread(target=self._roll, args=(key,), daemon=True)
+        arguments = (key, written["spec"]["template"], version)
+        thread = threading.Thread(target=self._roll, args=arguments, daemon=True)
         thread.start()
         self._closing.callback(thread.join)
 
@@ -116,7 +122,7 @@ class DaemonSets:
 
     def run(self, pod: str, command: list[str]) -> tuple[bytes, bytes, int]:
         """A command in a pod: kproxy, or a program of the node."""
-        daemon = next(d for name, ds in self._daemons.items() for d in ds if pod == f"{name}-{d.node.name}")
+        daemon = self._of(pod)
         if command[0] == "kproxy":
             command = list(kproxy_command([daemon.here(flag) for flag in command[1:]]))
         done = daemon.node.namespace.command(*command, env=kproxy_environment(), check=False)
@@ -124,9 +130,22 @@ class DaemonSets:
 
     def log(self, pod: str) -> str:
         """The end of a pod's log."""
-        return next(
-            d.process.log_end() for name, ds in self._daemons.items() for d in ds if pod == f"{name}-{d.node.name}"
-        )
+        return self._of(pod).process.log_end()
+
+    def _of(self, pod: str) -> _Daemon:
+        with self._lock:
+            return next(d for name, daemons in self._daemons.items() for d in daemons if pod == f"{name}-{d.node.name}")
+
+    def _started(self, key: Key, template: Object, nodes: Sequence[Node]) -> list[_Daemon]:
+        """A pod on each of some nodes, whose process has been started."""
+        mounts = self._mount(key.namespace, template["spec"])
+        with ThreadPoolExecutor() as pool:
+            daemons = list(pool.map(lambda node: self._daemon(key.name, node, template["spec"], mounts), nodes))
+        for daemon in daemons:
+            metadata = {**template["metadata"], "name": f"{key.name}-{daemon.node.name}", "namespace": key.namespace}
+            spec = {**template["spec"], "nodeName": daemon.node.name}
+            self._store.put(PODS, {"metadata": metadata, "spec": spec, "status": {"phase": "Running"}})
+        return daemons
 
     def _daemon(self, name: str, node: Node, spec: Object, mounts: dict[str, Path]) -> _Daemon:
         def flags(container: Object) -> list[str]:
@@ -135,7 +154,11 @@ class DaemonSets:
         for container in spec.get("initContainers", ()):
             node.namespace.command(*kproxy_command(flags(container)), env=kproxy_environment())
         container = spec["containers"][0]
-        process = ProxyProcess(node, flags(container), self._directory / f"{name}-{node.name}.log")
+        log = self._directory / f"{name}-{node.name}.log"
+        if "command" in container:
+            process: ProxyProcess = _Program(node, container["command"], log)
+        else:
+            process = ProxyProcess(node, flags(container), log)
         process.start()
         return _Daemon(node, container, process, mounts)
 
@@ -154,17 +177,19 @@ class DaemonSets:
                 (directory / name).write_text(mapped(text, mounts))
         return mounts
 
-    def _roll(self, key: Key) -> None:
+    def _roll(self, key: Key, template: Object, version: int) -> None:
+        """One node after the other, until there is a newer template."""
         with self._rolling:
-            for daemon in self._daemons[key.name]:
-                version = self._versions[key.name]
-                if daemon.version == version:
-                    continue
-                daemon.process.stop()
-                daemon.process.start()
-                while not daemon.ready and not self._closed.wait(_POLL_SECONDS):
+            for position, node in enumerate(self._cluster.nodes):
+                with self._lock:
+                    if key.name not in self._daemons or self._versions[key.name] != version:
+                        return
+                    self._daemons[key.name][position].process.stop()
+                    [daemon] = self._started(key, template, [node])
+                    daemon.version = version
+                    self._daemons[key.name][position] = daemon
+                while daemon.process.running and not daemon.ready and not self._closed.wait(_POLL_SECONDS):
                     pass
-                daemon.version = version
 
     def _follow(self) -> None:
         while not self._closed.wait(_POLL_SECONDS):

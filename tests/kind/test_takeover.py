@@ -20,6 +20,7 @@ from tests.kind.resources import CONFIG_MAPS, DAEMON_SETS
 from tests.lab.apiserver_store import Key
 from tests.lab.cluster import API_ADDRESS, Cluster
 from tests.lab.cluster_objects import service
+from tests.lab.waiting import eventually
 
 KIND = Path(__file__).resolve().parents[2] / "kind"
 ADDRESS = "10.96.0.80"
@@ -53,8 +54,26 @@ users:
     tokenFile: /var/run/secrets/kubernetes.io/serviceaccount/token
 """
 
+# kube-proxy in nftables mode, as far as a hand-over notices: it removes what is left of iptables mode first, and has
+# rules of its own when it knows the Services.
+NFTABLES = """\
+for table in nat filter mangle; do iptables-nft -t $table -F; iptables-nft -t $table -X; done
+sleep 1
+nft -f - <<END
+table ip kube-proxy {{
+    chain services {{ ip daddr {address} tcp dport 80 dnat to {pod}:80; }}
+    chain nat-prerouting {{ type nat hook prerouting priority -100; jump services; }}
+    chain nat-output {{ type nat hook output priority -100; jump services; }}
+}}
+END
+exec sleep infinity
+"""
+
+TRACES = {"nftables": "table ip kube-proxy", "iptables": "KUBE-SVC-", "ipvs": "kube-ipvs0"}  # of kube-proxy's modes
+
 Object = dict[str, Any]
 
+without_ipvs = pytest.mark.skipif(not Path("/proc/net/ip_vs").exists(), reason="this kernel has no IPVS")
 pytestmark = [
     pytest.mark.skipif(not shutil.which("kubectl"), reason="no kubectl on this machine"),
     pytest.mark.skipif("KUBEBUILDER_ASSETS" in os.environ, reason="a real API server alone runs no pods"),
@@ -88,25 +107,31 @@ def run_kube_proxy(kubernetes: Kubernetes, mode: str) -> None:
     """kube-proxy as kubeadm sets it up."""
     config_map(kubernetes, SYSTEM, "kube-proxy", config_conf=CONFIG.format(mode=mode), kubeconfig_conf=KUBECONFIG)
     labels = {"k8s-app": "kube-proxy"}
-    container = {
+    container: Object = {
         "name": "kube-proxy",
         "image": "registry.k8s.io/kube-proxy:v1.36.0",
         "args": ["--config=/var/lib/kube-proxy/config.conf", "--hostname-override=$(NODE_NAME)"],
         "volumeMounts": [{"name": "kube-proxy", "mountPath": "/var/lib/kube-proxy"}],
     }
+    if mode == "nftables":
+        pod = kubernetes.cluster.pods[-1].ipv4
+        container["command"] = ["sh", "-c", NFTABLES.format(address=ADDRESS, pod=pod)]
     volumes = [{"name": "kube-proxy", "configMap": {"name": "kube-proxy"}}]
     template = {"metadata": {"labels": labels}, "spec": {"containers": [container], "volumes": volumes}}
     strategy = {"type": "RollingUpdate"}
     spec = {"selector": {"matchLabels": labels}, "template": template, "updateStrategy": strategy}
     new = {"metadata": {"name": "kube-proxy", "namespace": SYSTEM, "labels": labels}, "spec": spec}
     kubernetes.daemon_sets.created(kubernetes.store.create(DAEMON_SETS, new))
-    for daemon in kubernetes.daemon_sets.processes("kube-proxy"):
-        daemon.wait_until_synced()
+    eventually(lambda: answers(kubernetes), "the Service works with kube-proxy", seconds=30)
+
+
+def answers(kubernetes: Kubernetes) -> bool:
+    return all(node.get(f"http://{ADDRESS}/", timeout=1).pod == "web-1" for node in kubernetes.cluster.nodes)
 
 
 def run(script: str, *arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [KIND / script, *arguments], env=env, capture_output=True, text=True, timeout=400, check=False
+        [KIND / script, *arguments], env=env, capture_output=True, text=True, timeout=200, check=False
     )
 
 
@@ -145,7 +170,14 @@ def capabilities(kubernetes: Kubernetes) -> list[str]:
 
 def ruleset(kubernetes: Kubernetes) -> str:
     node = kubernetes.cluster.nodes[1]
-    return node.exec("iptables-save") + node.exec("nft", "list", "tables")
+    return node.exec("iptables-save") + node.exec("nft", "list", "tables") + node.exec("ip", "link")
+
+
+def assert_kube_proxy_is_back(kubernetes: Kubernetes) -> None:
+    assert daemon_sets(kubernetes) == {"kube-proxy"}
+    assert "table ip kproxy" not in ruleset(kubernetes)
+    for gone in "kproxy", "kproxy-takeover":
+        assert Key(SYSTEM, gone) not in kubernetes.store.tables[CONFIG_MAPS].objects
 
 
 @pytest.fixture
@@ -157,22 +189,21 @@ def environment(kubernetes: Kubernetes, fakes: Fakes, **more: str) -> dict[str, 
     return kubernetes.environment() | fakes.environment(**more)
 
 
-@pytest.mark.parametrize("mode", ["nftables", "iptables"])
-def test_up_goes_from_nothing_to_a_cluster_that_works(kubernetes: Kubernetes, fakes: Fakes, mode: str) -> None:
+def test_up_goes_from_nothing_to_a_cluster_that_works(kubernetes: Kubernetes, fakes: Fakes) -> None:
     fakes.has_images("kindest/node:v1.35.0", "kindest/node:v1.36.1")
-    done = run("up", "--mode", mode, env=environment(kubernetes, fakes))
+    done = run("up", env=environment(kubernetes, fakes))
     assert done.returncode == 0, done.stdout + done.stderr
     assert fakes.calls("make") == [f"make -C {KIND.parent} image IMAGE=kproxy:dev ENGINE=docker"]
     assert fakes.calls("kind") == [
         f"kind create cluster --name kproxy --config {KIND}/cluster.yaml --image kindest/node:v1.36.1",
         "kind load docker-image --name kproxy kproxy:dev",
     ]
-    assert f"{mode} mode, node node-1: nothing to change" in done.stdout
-    assert f"{mode} mode, node node-2: nothing to change" in done.stdout
-    assert kubernetes.cluster.nodes[1].get(f"http://{ADDRESS}/").pod == "web-1"
+    assert "nftables mode, node node-1: nothing to change" in done.stdout
+    assert "nftables mode, node node-2: nothing to change" in done.stdout
+    assert answers(kubernetes)
 
 
-def test_up_honours_the_variables_and_a_cluster_that_exists(
+def test_up_again_changes_the_mode_and_honours_the_variables(
     kubernetes: Kubernetes, fakes: Fakes, tmp_path: Path
 ) -> None:
     config = tmp_path / "mine.yaml"
@@ -180,73 +211,108 @@ def test_up_honours_the_variables_and_a_cluster_that_exists(
         "kind: Cluster\napiVersion: kind.x-k8s.io/v1alpha4\nnodes:\n- role: control-plane\n  image: mine:1\n"
     )
     fakes.has_images("registry.test:5000/kproxy:1", "kindest/node:v1.36.1")
-    fakes.has_clusters("kproxy")
     settings = {"KPROXY_IMAGE": "registry.test:5000/kproxy:1", "KIND_CONFIG": str(config)}
-    done = run("up", env=environment(kubernetes, fakes, **settings))
+
+    done = run("up", "--mode=iptables", env=environment(kubernetes, fakes, **settings))
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "iptables mode, node node-2: nothing to change" in done.stdout
+    assert "KUBE-SERVICES" in ruleset(kubernetes)
+    assert answers(kubernetes)
+
+    done = run("up", "--mode=nftables", env=environment(kubernetes, fakes, **settings))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cluster kproxy exists: kproxy goes there" in done.stdout
+    assert "nftables mode, node node-2: nothing to change" in done.stdout
+    assert "KUBE-SERVICES" not in ruleset(kubernetes)
+    assert answers(kubernetes)
+
     assert fakes.calls("make") == []
-    assert fakes.calls("kind") == [
-        "kind export kubeconfig --name kproxy",
-        "kind load docker-image --name kproxy registry.test:5000/kproxy:1",
-    ]
+    load = "kind load docker-image --name kproxy registry.test:5000/kproxy:1"
+    create = f"kind create cluster --name kproxy --config {config}"
+    assert fakes.calls("kind") == [create, load, "kind export kubeconfig --name kproxy", load]
     spec = kubernetes.store.get(DAEMON_SETS, Key(SYSTEM, "kproxy"))["spec"]["template"]["spec"]
     images = {container["image"] for container in spec["containers"] + spec["initContainers"]}
     assert images == {"registry.test:5000/kproxy:1"}
 
 
-def test_up_again_changes_the_mode(kubernetes: Kubernetes, fakes: Fakes) -> None:
-    fakes.has_images("kproxy:dev")
-    assert run("up", "--mode=iptables", env=environment(kubernetes, fakes)).returncode == 0
-    done = run("up", "--mode=nftables", env=environment(kubernetes, fakes))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "cluster kproxy exists: kproxy goes there" in done.stdout
-    assert "nftables mode, node node-2: nothing to change" in done.stdout
-    assert "KUBE-SERVICES" not in ruleset(kubernetes)
-    assert kubernetes.cluster.nodes[1].get(f"http://{ADDRESS}/").pod == "web-1"
-
-
-def test_up_takes_over_where_the_configuration_has_kube_proxy(kubernetes: Kubernetes, fakes: Fakes) -> None:
-    run_kube_proxy(kubernetes, "iptables")
-    fakes.has_images("kproxy:dev")
-    done = run("up", env=environment(kubernetes, fakes))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "using the image kproxy:dev of this machine" in done.stdout
-    assert "this cluster runs kube-proxy: taking over from it" in done.stdout
-    assert "nftables mode, node node-2: nothing to change" in done.stdout
-    assert daemon_sets(kubernetes) == {"kproxy"}
-
-
-@pytest.mark.parametrize("mode", ["", "nftables"])
-def test_takeover_and_the_way_back_lose_no_connection(kubernetes: Kubernetes, fakes: Fakes, mode: str) -> None:
+def test_up_and_the_way_back_lose_no_connection_where_the_configuration_has_kube_proxy(
+    kubernetes: Kubernetes, fakes: Fakes
+) -> None:
     run_kube_proxy(kubernetes, "iptables")
     fakes.has_images("kproxy:dev")
     with traffic(kubernetes) as outcomes:
-        done = run("takeover", *(["--mode", mode] if mode else []), env=environment(kubernetes, fakes))
+        done = run("up", env=environment(kubernetes, fakes))
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "kproxy has taken over on every node" in done.stdout
+        assert "using the image kproxy:dev of this machine" in done.stdout
+        assert "this cluster runs kube-proxy: taking over from it" in done.stdout
+        assert "nftables mode, node node-2: nothing to change" in done.stdout
         assert daemon_sets(kubernetes) == {"kproxy"}
-        assert capabilities(kubernetes) == ["NET_ADMIN", "NET_RAW"]  # it must see legacy iptables, in any mode
-        assert ("KUBE-SERVICES" in ruleset(kubernetes)) == (mode != "nftables")
+        assert capabilities(kubernetes) == ["NET_ADMIN", "NET_RAW"]  # it must see legacy iptables
+        assert "KUBE-SERVICES" not in ruleset(kubernetes)
         before = outcomes.total()
 
         done = run("takeover", "--rollback", env=environment(kubernetes, fakes))
         assert done.returncode == 0, done.stdout + done.stderr
-        assert daemon_sets(kubernetes) == {"kube-proxy"}
+        assert_kube_proxy_is_back(kubernetes)
         assert "KUBE-SERVICES" in ruleset(kubernetes)
-        assert "table ip kproxy" not in ruleset(kubernetes)
-        for gone in "kproxy", "kproxy-takeover":
-            assert Key(SYSTEM, gone) not in kubernetes.store.tables[CONFIG_MAPS].objects
     assert set(outcomes) == {"web-1"}
     assert 20 < before < outcomes.total()
 
 
-def test_takeover_goes_on_where_it_was_interrupted(kubernetes: Kubernetes, fakes: Fakes) -> None:
+def test_takeover_and_the_way_back_lose_no_connection_in_kube_proxys_mode(kubernetes: Kubernetes, fakes: Fakes) -> None:
     run_kube_proxy(kubernetes, "iptables")
     fakes.has_images("kproxy:dev")
-    assert run("takeover", env=environment(kubernetes, fakes)).returncode == 0
-    done = run("takeover", env=environment(kubernetes, fakes))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "kube-proxy has gone already" in done.stdout
+    with traffic(kubernetes) as outcomes:
+        done = run("takeover", env=environment(kubernetes, fakes))
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "iptables mode, node node-2: nothing to change" in done.stdout
+        assert "kproxy has taken over on every node" in done.stdout
+        assert daemon_sets(kubernetes) == {"kproxy"}
+        assert "KUBE-SERVICES" in ruleset(kubernetes)
+        before = outcomes.total()
+
+        done = run("takeover", env=environment(kubernetes, fakes))  # as if it had been interrupted
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "kube-proxy has gone already" in done.stdout
+
+        done = run("takeover", "--rollback", env=environment(kubernetes, fakes))
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "changes to kube-proxy's configuration" not in done.stdout
+        assert_kube_proxy_is_back(kubernetes)
+        assert "KUBE-SERVICES" in ruleset(kubernetes)
+    assert set(outcomes) == {"web-1"}
+    assert 20 < before < outcomes.total()
+
+
+@pytest.mark.parametrize(
+    ("kube_proxys", "kproxys"),
+    [
+        ("nftables", "iptables"),
+        pytest.param("iptables", "ipvs", marks=without_ipvs),
+        pytest.param("ipvs", "iptables", marks=without_ipvs),
+    ],
+)
+def test_the_way_back_leaves_nothing_that_kube_proxy_would_leave_or_tear_down(
+    kubernetes: Kubernetes, fakes: Fakes, kube_proxys: str, kproxys: str
+) -> None:
+    run_kube_proxy(kubernetes, kube_proxys)
+    fakes.has_images("kproxy:dev")
+    with traffic(kubernetes) as outcomes:
+        done = run("takeover", "--mode", kproxys, env=environment(kubernetes, fakes))
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"{kproxys} mode, node node-2: nothing to change" in done.stdout
+        before = ruleset(kubernetes)
+
+        done = run("takeover", "--rollback", env=environment(kubernetes, fakes))
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"kproxy's mode is {kproxys}, kube-proxy's {kube_proxys}" in done.stdout
+        assert f"{kube_proxys} mode, node node-2: " in done.stdout
+        assert_kube_proxy_is_back(kubernetes)
+        assert answers(kubernetes)
+        for trace in TRACES.values():
+            assert (trace in before) == (trace == TRACES[kproxys])
+            assert (trace in ruleset(kubernetes)) == (trace == TRACES[kube_proxys])
+    assert set(outcomes) == {"web-1"}
 
 
 def test_takeover_refuses_what_it_cannot_do(kubernetes: Kubernetes, fakes: Fakes) -> None:
