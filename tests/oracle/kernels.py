@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -9,10 +11,14 @@ from typing import Protocol
 import kproxy.explain.iptables
 import kproxy.explain.nftables
 from kproxy.cluster import ClusterState
-from kproxy.config.v1alpha1 import Configuration
+from kproxy.config.v1alpha1 import Configuration, KproxyConfiguration
 from kproxy.dataplane.base import Change, Dataplane, Entries, Key
 from kproxy.dataplane.iptables import cleanup
+from kproxy.dataplane.iptables.commands import Variant
 from kproxy.dataplane.iptables.localhost import ROUTE_LOCALNET
+from kproxy.dataplane.ipvs import cleanup as ipvs_cleanup
+from kproxy.dataplane.ipvs.entries import PERSISTENT, RealServer
+from kproxy.dataplane.ipvs.servers import Servers
 from kproxy.dataplane.nftables.containers import CONTAINERS
 from kproxy.dataplane.nftables.dataplane import NftablesDataplane
 from kproxy.dataplane.nftables.features import Features
@@ -20,10 +26,13 @@ from kproxy.dataplane.nftables.kernel import NftablesKernel
 from kproxy.explain import Explanation, Node, Packet
 from kproxy.model import Family, Route
 from kproxy.modes.iptables import Iptables
+from kproxy.modes.ipvs import Ipvs
 
 WITHOUT_OWNER = Features(owner=False, destroy=True)  # as kernels before 6.9 are: others may change the tables
 Explain = Callable[[Packet], Explanation]
 _RECENT = Path("/proc/thread-self/net/xt_recent")
+_IPVS_CONNECTIONS = Path("/proc/thread-self/net/ip_vs_conn")
+_PATIENCE = 5.0  # seconds until IPVS has forgotten clients
 
 
 class Opened(Protocol):
@@ -114,3 +123,54 @@ class OpenedIptables:
 
     def close(self) -> None:
         self._mode.close()
+
+
+class OpenedIpvs:
+    """ipvs mode."""
+
+    def __init__(self, configuration: Configuration, settings: KproxyConfiguration) -> None:
+        self._luck = random.Random(0)
+        self._mode = Ipvs(configuration, settings, tuple(Family), writes=True)
+        self.kernel = self._mode.kernel
+        self.dataplane = self._mode.dataplane
+        self.large_families = self._mode.large_families
+
+    def explainer(self, routes: Sequence[Route], node: Node) -> Explain:
+        return lambda packet: self._mode.explain(packet, routes, node)
+
+    def without_order(self, entries: Entries) -> dict[Key, object]:
+        return dict(entries)
+
+    def forget_clients(self) -> None:
+        """Real servers take their connections along, and these what clients stick by (sysctl expire_nodest_conn).
+
+        They come back in another order, for IPVS begins with the first again.
+        """
+        with Servers() as servers:
+            sticky = [found.key for found in servers.virtual_servers() if found.value.flags & PERSISTENT]
+            if not sticky or not _has_sticking_clients():
+                return
+            there = [(real.key, RealServer(real.weight)) for key in sticky for real in servers.real_servers(key)]
+            servers.remove([key for key, _ in there])
+            deadline = time.monotonic() + _PATIENCE
+            while _has_sticking_clients():
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"IPVS has not forgotten its clients after {_PATIENCE} s")
+                time.sleep(0.001)
+            self._luck.shuffle(there)
+            servers.put(dict(there))
+
+    def remove(self) -> None:
+        families = self.kernel.families
+        for variant in Variant:
+            ipvs_cleanup.remove_rules(variant, ipvs_cleanup.rules_left(variant, families))
+        ipvs_cleanup.remove_servers(ipvs_cleanup.servers_left(families))
+
+    def close(self) -> None:
+        self._mode.close()
+
+
+def _has_sticking_clients() -> bool:
+    """What a client sticks by is listed as a connection from its port 0."""
+    _, *connections = _IPVS_CONNECTIONS.read_text().splitlines()
+    return any(line.split()[2] == "0000" for line in connections)
