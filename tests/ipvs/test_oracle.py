@@ -333,6 +333,23 @@ def test_policy_local_without_an_endpoint_here(node_lab: Lab, fallback: bool) ->
         assert story.complaints() == []
 
 
+def test_what_was_left_on_an_address_that_comes_back(node_lab: Lab) -> None:
+    given = Objects(
+        config={"clusterCIDR": "10.0.0.0/8"},
+        node={"addresses": [PRIMARY, SECOND]},
+        services={"a": service(0, ports=ports(80, 30080))},
+        slices={"a-1": endpoints("a", *HERE_PODS)},
+    )
+    gone = Objects(node={"addresses": [PRIMARY]})
+    back = Objects(node=given.node, slices={"a-1": endpoints("a", *OTHER_PODS)})
+
+    with IpvsStory(node_lab, History(given, (), 0)) as story:
+        story.go_on(Step(gone, restart=True))
+        assert story.complaints() == [], "a new process, while the address is gone"
+        story.go_on(Step(back))
+        assert story.complaints() == [], "other endpoints when it is back"
+
+
 def test_whatever_is_missing_packets_tell(node_lab: Lab) -> None:
     with IpvsStory(node_lab, History(EVERYTHING, (), 0), also=UNUSUAL) as story:
         assert story.complaints() == []

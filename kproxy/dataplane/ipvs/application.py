@@ -13,6 +13,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from kproxy.dataplane.base import ApplyError, Change, Key
@@ -104,7 +105,9 @@ class Application:
             with self._told():
                 device.make()
         self._step(device.bind, put[AddressKey])
-        refused = self._step(self._servers.put, put[VirtualServerKey])
+        # Another may be there: somebody else's, or one left on an address that the node did not have for a while.
+        known = {key for key in put[VirtualServerKey] if self._changes[key].old is not None or key in self._ownership}
+        refused = self._step(partial(self._servers.put, known=known), put[VirtualServerKey])
         self._ownership.wrote(put[VirtualServerKey].keys() - refused)
         real = {key: value for key, value in put[RealServerKey].items() if key.virtual_server not in refused}
         self._draining.end(real)  # what is wanted again must not be deleted, least of all if this fails

@@ -38,6 +38,10 @@ class Ownership:
         self._excluded = tuple(ip_network(cidr) for cidr in excluded)
         self._written: set[VirtualServerKey] = set()
 
+    def __contains__(self, key: object) -> bool:
+        """Whether this process has written a virtual server."""
+        return key in self._written
+
     def wrote(self, keys: Iterable[VirtualServerKey]) -> None:
         """These are from this process."""
         self._written.update(keys)

@@ -7,7 +7,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, Self
 
 import msgspec
@@ -116,13 +116,19 @@ class Servers:
 
     # --- writing ---
 
-    def put(self, servers: Mapping[Key, VirtualServer | RealServer]) -> dict[Key, int]:
+    def put(
+        self, servers: Mapping[Key, VirtualServer | RealServer], *, known: Container[Key] | None = None
+    ) -> dict[Key, int]:
         """Make servers, or make those that exist like this; their connections stay.
 
-        Returns the errno of each that the kernel refused. Raises OSError.
+        `known`: virtual servers of which it is known what they have; of another that exists, the real servers go. None:
+        all. Returns the errno of each that the kernel refused. Raises OSError.
         """
         codes = self._send({key: self._made(key, value, exists=False) for key, value in servers.items()})
         existing = [key for key, code in codes.items() if code == errno.EEXIST]
+        for key in existing:
+            if known is not None and isinstance(key, VirtualServerKey) and key not in known:
+                self.remove(found.key for found in self.real_servers(key))
         codes |= self._send({key: self._made(key, servers[key], exists=True) for key in existing})
         return {key: code for key, code in codes.items() if code}
 
