@@ -52,7 +52,7 @@ class Guarded(Observer):
             try:
                 for who in watch.touches():
                     self._touched(who)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 log.warning(
                     "our part of the kernel is not watched any more, only compared once an hour", error=str(error)
                 )

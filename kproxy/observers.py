@@ -16,6 +16,7 @@ from kproxy import events
 from kproxy.api.objects import Kind, Node
 from kproxy.cluster import ClusterState
 from kproxy.conntrack import Conntrack, ConntrackError, UDPService
+from kproxy.dataplane.base import Key
 from kproxy.events import EventRecorder
 from kproxy.health.proxy import ProxyHealth
 from kproxy.health.services import ServiceHealthChecks
@@ -35,6 +36,7 @@ class Logged(Observer):
 
     def __init__(self) -> None:
         self._began = False
+        self._stuck: frozenset[Key] = frozenset()
 
     def sync_done(self, report: SyncReport, seconds: float) -> None:
         say = log.info if report.full and (report.changes or not self._began) else log.debug
@@ -52,6 +54,11 @@ class Logged(Observer):
                 else "someone else has changed the kernel to what it should hold; is another kproxy running?",
                 **{_FOUND[change]: count for change, count in report.drift.items()},
             )
+        for key, reason in report.stuck.items():
+            if key not in self._stuck:
+                log.warning("the kernel keeps what is no longer used; does somebody else refer to it?", reason=reason)
+        if report.full:
+            self._stuck = frozenset(report.stuck)
         for service, reason in report.quarantined.items():
             log.error("the kernel refuses this Service; others are not affected", service=str(service), reason=reason)
 

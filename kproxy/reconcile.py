@@ -45,6 +45,7 @@ class SyncReport(msgspec.Struct):
     changes: Counter[Kind] = msgspec.field(default_factory=Counter)  # entries written or removed
     drift: Counter[Kind] = msgspec.field(default_factory=Counter)  # of them, repairs of what someone else changed
     quarantined: dict[ServiceName, str] = {}  # newly refused Services, with the reason
+    stuck: dict[Key, str] = {}  # what is nobody's and cannot be removed, with the reason
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -95,6 +96,7 @@ class Reconciler:
         # What is in the kernel, by who wants it:
         self._base: Entries = {}
         self._orphans: Entries = {}
+        self._stuck: Entries = {}  # nobody's, and cannot be removed; tried again when everything is compared
         self._owned: dict[ServiceName, Entries] = {}
         self._shared: dict[Key, _Shared] = {}
 
@@ -183,7 +185,8 @@ class Reconciler:
         """In how many entries the kernel differs from what was last written there."""
         found: Counter[Kind] = Counter()
         present = 0
-        own = chain.from_iterable(entries.items() for entries in (self._base, self._orphans, *self._owned.values()))
+        known = (self._base, self._orphans, self._stuck, *self._owned.values())
+        own = chain.from_iterable(entries.items() for entries in known)
         of_one = ((key, value) for key, value in own if key not in self._shared)
         for key, value in chain(of_one, ((key, entry.value) for key, entry in self._shared.items())):
             there = actual.get(key)
@@ -215,6 +218,7 @@ class Reconciler:
             owned = self._owned.setdefault(service, {})
             owned.update(self._take({key: value for key, value in entries.items() if key not in owned}, actual))
         self._orphans = actual
+        self._stuck = {}
         return rendered
 
     def _take(self, entries: Entries, actual: Entries) -> Entries:
@@ -293,7 +297,10 @@ class Reconciler:
                 raise
             if base:
                 if not services:
-                    raise
+                    if not self._orphans:
+                        raise
+                    self._install_without_orphans(report)
+                    return
                 # What is nobody's any more may be in use until the last Service has changed: a chain, say.
                 shared = {key: value for key, value in self._orphans.items() if self._dataplane.is_shared(key)}
                 self._orphans = {key: value for key, value in self._orphans.items() if key not in shared}
@@ -312,6 +319,29 @@ class Reconciler:
             report.changes.update(map(kind, plan.changes))
             report.services.extend(services)
             self._commit(plan)
+
+    def _install_without_orphans(self, report: SyncReport) -> None:
+        """Apply the base, then remove what is nobody's as far as that is possible: somebody else may hold on to it."""
+        orphans, self._orphans = self._orphans, {}
+        try:
+            self._install([], {}, report, base=True, split=True)
+        except (ApplyError, OSError):
+            self._orphans = orphans
+            raise
+        parts = [list(orphans.items())]
+        while parts:
+            part = parts.pop()
+            try:
+                self._dataplane.apply([Change(key, value, None) for key, value in part])
+                report.changes["remove"] += len(part)
+            except ApplyError as error:
+                if error.transient:
+                    raise
+                if len(part) == 1:
+                    report.stuck[part[0][0]] = str(error)
+                    self._stuck.update(part)
+                else:
+                    parts += [part[: len(part) // 2], part[len(part) // 2 :]]
 
     def _parts(
         self, services: list[ServiceName], plan: _Plan, culprits: tuple[Key, ...]

@@ -14,7 +14,7 @@ from kproxy.cluster import ClusterState
 from kproxy.cluster.size import ClusterSize
 from kproxy.config.defaults import mode_settings
 from kproxy.config.v1alpha1 import Configuration, ProxyMode
-from kproxy.dataplane.base import diff
+from kproxy.dataplane.base import UnsupportedError, diff
 from kproxy.dataplane.iptables import accounting, localhost, variant
 from kproxy.dataplane.iptables.dataplane import IptablesDataplane
 from kproxy.dataplane.iptables.kernel import IptablesKernel
@@ -51,7 +51,7 @@ class Iptables:
             and accepts_ipv4_loopback(node_port_cidrs(configuration.node_port_addresses, {})[Family.IPv4])
         )
         self.kernel = IptablesKernel(families, chosen, guards_localhost=self._opens_localhost)
-        features = self.kernel.probe()
+        features = self.kernel.probe(makes_tables=writes)
         log.debug("iptables", variant=chosen.value, versions=features.versions)
         self._counters = _counters(make=writes) if features.nfacct else frozenset[str]()
         self.kernel.counters = self._counters
@@ -63,7 +63,10 @@ class Iptables:
         )
         self.dataplane = IptablesDataplane(self.kernel, options)
         self._period = mode_settings(configuration, ProxyMode.IPTABLES).sync_period.seconds
-        strangers = variant.contents(chosen.other, families).ours
+        try:
+            strangers = variant.contents(chosen.other, families).ours
+        except UnsupportedError:  # which has been told
+            strangers = []
         if strangers:
             log.warning(
                 "the other variant of iptables holds rules of a kube-proxy or kproxy, too: packets meet both;"

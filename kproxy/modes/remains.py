@@ -17,6 +17,7 @@ from kproxy.dataplane.iptables import cleanup, localhost
 from kproxy.dataplane.iptables import describe as iptables_describe
 from kproxy.dataplane.iptables.commands import Variant
 from kproxy.dataplane.iptables.entries import BlockKey, ChainKey, JumpKey
+from kproxy.dataplane.iptables.kernel import IptablesKernel
 from kproxy.dataplane.iptables.variant import contents
 from kproxy.dataplane.ipvs import cleanup as ipvs_cleanup
 from kproxy.dataplane.ipvs import describe as ipvs_describe
@@ -98,11 +99,10 @@ def _ipvs_servers(families: Sequence[Family], excluded: Sequence[str], patient: 
 
 def _localhost(families: Sequence[Family]) -> Remains | None:
     """The setting that node ports on localhost took; a proxy in iptables mode is who needs that."""
-    if not (
-        Family.IPv4 in families
-        and sysctl.current(localhost.ROUTE_LOCALNET.path)
-        and any(contents(variant, families).ours for variant in Variant)
-    ):
+    if Family.IPv4 not in families or not sysctl.current(localhost.ROUTE_LOCALNET.path):
+        return None
+    used = [variant for variant in Variant if contents(variant, families).ours]
+    if not any(localhost.is_guarded(IptablesKernel([Family.IPv4], v, guards_localhost=True).read()) for v in used):
         return None
 
     def remove() -> None:
@@ -146,10 +146,14 @@ def in_place(families: Sequence[Family]) -> ProxyMode | None:
         tables = {type(key) for key in kernel.tables()}
     if TableKey in tables:
         return ProxyMode.NFTABLES
-    if any(_families_of_ipvs(variant, families) for variant in Variant):
-        return ProxyMode.IPVS
-    if any(contents(variant, families).ours for variant in Variant):
-        return ProxyMode.IPTABLES
+    for variant in Variant:
+        try:
+            if _families_of_ipvs(variant, families):
+                return ProxyMode.IPVS
+            if contents(variant, families).ours:
+                return ProxyMode.IPTABLES
+        except UnsupportedError:  # whoever needs that variant will say so
+            continue
     return ProxyMode.NFTABLES if tables else None
 
 
@@ -200,7 +204,7 @@ class Succession(Observer):
                 if found:
                     found.remove()
                     log.info("removed what another mode left", mode=found.owner, entries=len(found.changes))
-            except (ApplyError, UnsupportedError, OSError) as error:
+            except (ApplyError, UnsupportedError, OSError, ValueError) as error:
                 if str(error) not in self._told:
                     self._told.add(str(error))
                     log.warning("what another mode left stays for now", error=str(error))

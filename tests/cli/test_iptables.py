@@ -313,3 +313,62 @@ def test_explain_knows_what_iptables_mode_does_otherwise(machine: Machine):
         done = machine.here.kproxy("explain", MODE, f"--manifests={path}", *packet)
         assert done.stdout.splitlines()[-1] == fate, packet
     assert done.returncode == 0
+
+
+def test_what_others_write_in_comments_is_theirs(machine: Machine):
+    """Bytes that are no UTF-8, separators that Python takes for line ends, and line ends that look like tables."""
+    for number, comment in enumerate((b"\xff", "x\u2028*mangle".encode(), b"x\n*mangle\n:INPUT", b'"\\')):
+        chain = ("INPUT", "FORWARD", "OUTPUT")[number % 3]
+        machine.here.host.namespace.command(
+            f"iptables-{machine.variant}", "-A", chain, "-m", "comment", "--comment", comment, "-j", "ACCEPT"
+        )
+    path = machine.programmed(*web())
+    count = f"iptables-{machine.variant}-save | grep --text --count -- '-j KUBE-'"
+    jumps = machine.here.host.exec("sh", "-c", count)
+    machine.programmed(*web())
+
+    assert machine.here.host.exec("sh", "-c", count) == jumps
+    done = machine.here.kproxy("--dry-run", MODE, f"--manifests={path}")
+    assert (done.returncode, done.stdout) == (0, NOTHING)
+    assert machine.here.kproxy("--cleanup").returncode == 0
+
+
+def test_chains_that_others_refer_to_hold_up_nothing(machine: Machine):
+    machine.restore("*nat\n:KUBE-SVC-AAAAAAAAAAAAAAAA -\n:MINE -\n-A MINE -j KUBE-SVC-AAAAAAAAAAAAAAAA\nCOMMIT\n")
+    path = machine.programmed(*web())
+    assert any(WEB_RULE in line for line in machine.saved())
+    machine.iptables("-t", "nat", "-A", "MINE", "-p", "tcp", "--dport", "8080", "-j", "KUBE-MARK-MASQ")
+
+    assert machine.here.kproxy("--once", "--proxy-mode=nftables", f"--manifests={path}").returncode == 0
+    assert not [line for line in machine.saved() if "-j KUBE-" in line and not re.search("MINE|FIREWALL", line)]
+    done = machine.here.kproxy("--cleanup")
+    assert done.returncode == 1
+    assert "chain KUBE-MARK-MASQ stays, empty: somebody else's rule jumps there" in done.stderr
+    machine.iptables("-t", "nat", "-F", "MINE")
+    assert machine.here.kproxy("--cleanup").returncode == 0
+    assert {line for line in machine.saved() if line.startswith(":KUBE")} <= {
+        ":KUBE-FIREWALL -",
+        ":KUBE-IPTABLES-HINT -",
+    }
+
+
+def test_a_dry_run_makes_no_legacy_tables(here: OneNode):
+    machine = Machine(here, Variant.LEGACY)
+    tables = here.host.exec("cat", "/proc/net/ip_tables_names", "/proc/net/ip6_tables_names")
+    done = here.kproxy("--dry-run", MODE, f"--manifests={here.manifests(*web())}")
+    assert done.returncode == 1
+    assert here.host.exec("cat", "/proc/net/ip_tables_names", "/proc/net/ip6_tables_names") == tables
+    assert machine.saved()
+
+
+def test_legacy_rules_that_cannot_be_looked_at_are_not_taken_for_none(here: OneNode, tmp_path: Path):
+    machine = Machine(here, Variant.LEGACY)
+    machine.programmed(*web())
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("iptables", "ip6tables"):
+        for action in ("save", "restore"):
+            (programs / f"{name}-nft-{action}").symlink_to(f"/usr/sbin/{name}-nft-{action}")
+    done = here.kproxy("--cleanup", through=("/usr/bin/env", f"PATH={programs}"))
+    assert done.returncode == 1
+    assert "there are legacy tables of iptables, but iptables-legacy-save" in done.stderr

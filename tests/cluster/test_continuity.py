@@ -29,6 +29,10 @@ def web(cluster: Cluster, visitor: Pod) -> list[Pod]:
     pods = [cluster.run_pod(f"web-{n}", cluster.nodes[n], {"app": "web"}) for n in range(2)]
     cluster.apply(service("web", IP4))
     settle(visitor, URL, {"web-0", "web-1"})
+    # The first attempts came before the rules. Where no rule drops them, the kernel remembers them for two minutes, and
+    # a client that gets the same source port again would share their fate.
+    for node in cluster.nodes:
+        node.namespace.command("conntrack", "-D", "-p", "tcp", "--state", "SYN_SENT", check=False)
     return pods
 
 

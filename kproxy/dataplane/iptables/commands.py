@@ -14,6 +14,7 @@ from kproxy.dataplane.iptables.restore import TABLES, Command, Commit
 from kproxy.dataplane.iptables.xtables_lock import WAIT_SECONDS
 from kproxy.model import Family
 
+_QUOTE = re.compile(r'(?<!\\)"')
 _INCOMPATIBLE = re.compile(r"^# Table `(\w+)' is incompatible", re.MULTILINE)
 
 
@@ -59,11 +60,13 @@ def save(variant: Variant, family: Family, tables: Iterable[Table] | None = None
     for selection in [["--table", table] for table in tables] if tables is not None else [[]]:
         done = _run([name, *selection])
         if done.returncode:
-            raise OSError(f"{name}: {_reason(done)}")
+            needed = " (it takes CAP_NET_ADMIN and CAP_NET_RAW)" if "Permission denied" in done.stderr else ""
+            raise OSError(f"{name}: {_reason(done)}{needed}")
         for table in _INCOMPATIBLE.findall(done.stdout):  # it is left out, and the status is 0
             if table in TABLES:
+                word = "ip" if family is Family.IPv4 else "ip6"
                 raise OSError(
-                    f"{name}: table {table} holds what iptables cannot understand; see nft list table ip {table}"
+                    f"{name}: table {table} holds what iptables cannot understand; see nft list table {word} {table}"
                 )
         texts.append(done.stdout)
     return "".join(texts)
@@ -90,7 +93,7 @@ def restore(
 def sections(saved: str) -> Iterator[tuple[Table, str, str | None]]:
     """What iptables-save printed: (table, chain, None) for a chain, (table, chain, rule) for a rule after it."""
     table: Table | None = None
-    for line in saved.splitlines():
+    for line in _lines(saved):
         match line[:1]:
             case "-":
                 if table and line.startswith("-A "):
@@ -105,9 +108,24 @@ def sections(saved: str) -> Iterator[tuple[Table, str, str | None]]:
                 pass
 
 
+def _lines(saved: str) -> Iterator[str]:
+    """The lines of iptables-save; one goes on while a quotation is open, for others' comments may hold line ends."""
+    begun = ""
+    for line in saved.split("\n"):
+        begun += line
+        if begun.startswith("-A ") and len(_QUOTE.findall(begun)) % 2:
+            begun += "\n"
+            continue
+        yield begun
+        begun = ""
+
+
 def _run(command: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+        # Others' comments may be any bytes.
+        return subprocess.run(
+            command, input=text, capture_output=True, encoding="utf-8", errors="surrogateescape", check=False
+        )
     except FileNotFoundError as error:
         raise FileNotFoundError(error.errno, "this program is missing; install iptables", command[0]) from error
 

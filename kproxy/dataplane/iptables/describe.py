@@ -15,6 +15,10 @@ _COMMANDS = {Family.IPv4: "iptables", Family.IPv6: "ip6tables"}
 
 def describe(key: Key, value: Value) -> str:
     """An entry of the iptables mode as one line, its rules as iptables-save prints them."""
+    return _describe(key, value).encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
+
+
+def _describe(key: Key, value: Value) -> str:
     match key:
         case ChainKey(family, table, chain) | BlockKey(family, table, chain) | JumpKey(family, table, chain):
             what = f"{_COMMANDS[family]} {table} chain {chain}"

@@ -54,10 +54,13 @@ class IptablesKernel:
         self._guards_localhost = guards_localhost
         self._in_process: dict[Family, InProcess] = {}
 
-    def probe(self) -> Features:
-        """Try all that the mode needs, without leaving a trace. Raises UnsupportedError."""
-        features = probe(self.variant, self.families)
-        if self.variant is Variant.LEGACY:
+    def probe(self, *, makes_tables: bool = True) -> Features:
+        """Try all that the mode needs. Raises UnsupportedError and OSError.
+
+        It leaves no trace but legacy tables, which trying makes; if it may not, only those that are there are tried.
+        """
+        features = probe(self.variant, self.families, makes_tables=makes_tables)
+        if self.variant is Variant.LEGACY and makes_tables:
             family = self.families[0]  # python-iptables works for one in a process
             try:
                 self._in_process[family] = InProcess(family)

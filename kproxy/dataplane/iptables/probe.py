@@ -34,6 +34,7 @@ from kproxy.dataplane.iptables.rule import (
     Statistic,
     Transport,
 )
+from kproxy.dataplane.iptables.variant import legacy_tables
 from kproxy.model import Family, join_host_port
 
 _ATTEMPTS = 6  # each waits for a few seconds if others have the lock
@@ -75,19 +76,28 @@ def needed_rules(family: Family) -> dict[Table, list[Rule]]:
     return {"filter": [Rule((Conntrack(states, inverted=True),), Jump("DROP")), rejected], "nat": nat}
 
 
-def probe(variant: Variant, families: Sequence[Family]) -> Features:
-    """Try everything in every family. Raises UnsupportedError that names what is missing."""
+def probe(variant: Variant, families: Sequence[Family], *, makes_tables: bool = True) -> Features:
+    """Try everything in every family. Raises UnsupportedError that names what is missing, and OSError.
+
+    Trying a legacy table makes it. Without `makes_tables` those that are not there are taken for good.
+    """
+
+    def fault(family: Family, table: Table, rules: Sequence[Rule]) -> str:
+        if variant is Variant.LEGACY and not makes_tables and table not in legacy_tables(family):
+            return ""
+        return _fault(variant, family, table, rules)
+
     absent = commands.missing(variant, families)
     if absent:
         raise UnsupportedError(f"iptables mode: the programs {', '.join(absent)} are missing; install iptables")
     versions = tuple(commands.version(variant, family) for family in families)
     for family in families:
         for table, rules in needed_rules(family).items():
-            if fault := _fault(variant, family, table, rules):
-                raise UnsupportedError(f"iptables mode: {fault}")
+            if found := fault(family, table, rules):
+                raise UnsupportedError(f"iptables mode: {found}")
 
     def all_have(table: Table, rule: Rule) -> bool:
-        return not any(_fault(variant, family, table, [rule]) for family in families)
+        return not any(fault(family, table, [rule]) for family in families)
 
     return Features(
         versions,

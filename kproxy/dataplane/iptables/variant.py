@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 
 import msgspec
+import structlog
 
 from kproxy.dataplane.base import UnsupportedError
 from kproxy.dataplane.iptables import commands
@@ -32,6 +33,9 @@ _TABLE, _CHAIN_NAME = 1, 3  # NFTA_CHAIN_TABLE and NFTA_RULE_TABLE, NFTA_CHAIN_N
 _READ_ATTEMPTS = 20
 _NO_NF_TABLES = frozenset((errno.EINVAL, errno.EOPNOTSUPP))
 _IPTABLES_TABLES = frozenset({*TABLES, "raw", "security"})
+
+
+log = structlog.get_logger(__name__)
 
 
 class Contents(msgspec.Struct):
@@ -68,7 +72,13 @@ def find(families: Sequence[Family]) -> Variant:
             f"iptables mode: the programs {', '.join(absent[Variant.NFT])} are missing, and for legacy tables"
             f" {', '.join(absent[Variant.LEGACY])}; install iptables"
         )
-    held = {variant: contents(variant, families) for variant in Variant}
+    held = {}
+    for variant in Variant:
+        try:
+            held[variant] = contents(variant, families)
+        except UnsupportedError as error:
+            log.warning("what the other variant of iptables holds cannot be told", reason=str(error))
+            held[variant] = Contents(set(), 0)
     hinted = [variant for variant in (Variant.NFT, Variant.LEGACY) if held[variant].hinted]
     if hinted:
         chosen, why = hinted[0], "kubelet uses it"
@@ -86,7 +96,7 @@ def find(families: Sequence[Family]) -> Variant:
 
 
 def contents(variant: Variant, families: Sequence[Family]) -> Contents:
-    """What there is of a variant, without making any of it. Raises OSError."""
+    """What there is of a variant, without making any of it. Raises OSError, and UnsupportedError without programs."""
     found = Contents(set(), 0)
     for family in families:
         (_add_legacy if variant is Variant.LEGACY else _add_nft)(found, family)
@@ -94,8 +104,10 @@ def contents(variant: Variant, families: Sequence[Family]) -> Contents:
 
 
 def _add_legacy(found: Contents, family: Family) -> None:
-    if not legacy_tables(family) or commands.missing(Variant.LEGACY, [family]):
+    if not legacy_tables(family):
         return
+    if absent := commands.missing(Variant.LEGACY, [family]):
+        raise UnsupportedError(f"there are legacy tables of iptables, but {', '.join(absent)} missing to look at them")
     for table, chain, rule in commands.sections(commands.save(Variant.LEGACY, family)):
         if rule is None:
             found.chains.add((family, table, chain))
