@@ -14,7 +14,7 @@ from kproxy.dataplane.iptables.restore import TABLES, Command, Commit
 from kproxy.dataplane.iptables.xtables_lock import WAIT_SECONDS
 from kproxy.model import Family
 
-_QUOTE = re.compile(r'(?<!\\)"')
+_ESCAPED = re.compile(r"\\.", re.DOTALL)
 _INCOMPATIBLE = re.compile(r"^# Table `(\w+)' is incompatible", re.MULTILINE)
 
 
@@ -113,7 +113,7 @@ def _lines(saved: str) -> Iterator[str]:
     begun = ""
     for line in saved.split("\n"):
         begun += line
-        if begun.startswith("-A ") and len(_QUOTE.findall(begun)) % 2:
+        if begun.startswith("-A ") and _ESCAPED.sub("", begun).count('"') % 2:
             begun += "\n"
             continue
         yield begun
