@@ -26,7 +26,7 @@ lint: setup  ## ruff, mypy, the layers
 	@$(VENV)/lint-imports
 
 test: setup lint  ## everything that .ci/run checks
-	@$(AS_ROOT) $(VENV)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)
+	@$(AS_ROOT) .ci/tests $(VENV)/python $(ARGS)
 
 bench: setup  ## start, change, restart and memory at 100 to 30,000 services
 	@$(AS_ROOT) $(VENV)/python -m tests.bench $(ARGS)

@@ -21,14 +21,18 @@ from tests.lab.namespaces import Namespace
 
 pytestmark = pytest.mark.ipvs
 
-# Serves as the pod and connects to the service until its standard input ends; prints how often.
+# Serves as the pod and connects to the service until its standard input ends; prints how often. It ends connections with
+# a reset, so that nobody remembers them: masquerading may give the same source port again, and where the pod does remember
+# one it answers otherwise, and the client has to try again a second later.
 CLIENT = """
-import select, socket, sys
+import select, socket, struct, sys
+at_once = struct.pack("ii", 1, 0)
 server = socket.create_server((sys.argv[1], int(sys.argv[2])))
 count = 0
 print("ready", flush=True)
 while not select.select([sys.stdin], [], [], 0)[0]:
-    with socket.create_connection((sys.argv[3], 80), timeout=30), server.accept()[0]:
+    with socket.create_connection((sys.argv[3], 80), timeout=30) as client, server.accept()[0]:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
         count += 1
 print(count)
 """
