@@ -134,8 +134,7 @@ class _Drained(Observer):
         threading.Thread(target=self._run, name="drain", daemon=True).start()
 
     def sync_done(self, report: SyncReport, seconds: float) -> None:  # noqa: ARG002 - an observer's signature
-        if report.changes:
-            self._synced.set()
+        self._synced.set()  # also without changes: what an earlier process left draining is found by reading
 
     def _run(self) -> None:
         while True:

@@ -21,9 +21,9 @@ from tests.lab.namespaces import Namespace
 
 pytestmark = pytest.mark.ipvs
 
-# Serves as the pod and connects to the service until its standard input ends; prints how often. It ends connections with
-# a reset, so that nobody remembers them: masquerading may give the same source port again, and where the pod does remember
-# one it answers otherwise, and the client has to try again a second later.
+# Serves as the pod and connects to the service until its standard input ends; prints how often. It ends connections
+# with a reset, so that nobody remembers them: masquerading may give the same source port again, and where the pod does
+# remember one it answers otherwise, and the client has to try again a second later.
 CLIENT = """
 import select, socket, struct, sys
 at_once = struct.pack("ii", 1, 0)

@@ -243,7 +243,7 @@ def _packed_service(key: VirtualServerKey) -> bytes:
 
 
 def _packed_real_server(command: int, key: RealServerKey, weight: int) -> bytes:
-    number = _ADDRESS_FAMILY[key.family]
+    number = _ADDRESS_FAMILY[Family.of(key.endpoint_address)]  # others' may be of the other family
     return (
         _GENERIC_HEADER.pack(command, ipvs.GENL_VERSION, 0)
         + _packed_service(key.virtual_server)
