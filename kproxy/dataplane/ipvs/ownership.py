@@ -24,8 +24,8 @@ class Ownership:
     """Decides by what is noted in the kernel itself, so that a new process knows what an earlier one left.
 
     Ours is a virtual server
-    - that this process has written;
-    - whose address is on kube-ipvs0, which only Services' addresses are, unless it is in an excluded CIDR;
+    - that this process has written; or, unless its address is in an excluded CIDR,
+    - whose address is on kube-ipvs0, which only Services' addresses are;
     - whose address and port are a member of one of our sets of such: an external IP that the node has itself;
     - whose port is a member of our set of node ports, and whose address is one of the node's: the cluster gives this
       port out, on every address of the node.
@@ -61,8 +61,9 @@ class Ownership:
 
     def _is_noted(self, key: VirtualServerKey, entries: Entries, local: Collection[str]) -> bool:
         family, address, protocol, port = key
-        excluded = any(ip_address(address) in network for network in self._excluded)
-        if AddressKey(family, address) in entries and not excluded:
+        if self._excluded and any(ip_address(address) in network for network in self._excluded):
+            return False
+        if AddressKey(family, address) in entries:
             return True
         member = Member(address, protocol, port)
         if any(_key(name, family, member) in entries for name in _WITH_ADDRESS):
