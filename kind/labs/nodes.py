@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import urllib.request
@@ -117,7 +118,10 @@ class KindCluster(NamedTuple):
             "ipset save",
             "ip address",
         )
-        return "".join(_output(self.engine, "exec", node, *command.split()) for command in commands)
+        # The node image has no tool for IPVS; its own list is in hexadecimal.
+        servers = _output(self.engine, "exec", node, "cat", "/proc/net/ip_vs")
+        ports = [f"port {int(port, 16)}" for port in re.findall(r":([0-9A-F]{4})\b", servers)]
+        return "\n".join([*(_output(self.engine, "exec", node, *command.split()) for command in commands), *ports])
 
     def published(self, node_port: int) -> str:
         """Where this machine answers for a node port, as host:port; nothing if it does not."""

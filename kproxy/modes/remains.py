@@ -13,12 +13,12 @@ import structlog
 from kproxy import sysctl
 from kproxy.config.v1alpha1 import ProxyMode
 from kproxy.dataplane.base import ApplyError, Change, Key, UnsupportedError, Value
-from kproxy.dataplane.iptables import cleanup, localhost
+from kproxy.dataplane.iptables import cleanup, commands, localhost
 from kproxy.dataplane.iptables import describe as iptables_describe
 from kproxy.dataplane.iptables.commands import Variant
 from kproxy.dataplane.iptables.entries import BlockKey, ChainKey, JumpKey
 from kproxy.dataplane.iptables.kernel import IptablesKernel
-from kproxy.dataplane.iptables.variant import contents
+from kproxy.dataplane.iptables.variant import contents, legacy_tables
 from kproxy.dataplane.ipvs import cleanup as ipvs_cleanup
 from kproxy.dataplane.ipvs import describe as ipvs_describe
 from kproxy.dataplane.ipvs.entries import VirtualServerKey
@@ -104,6 +104,8 @@ def _localhost(families: Sequence[Family]) -> Remains | None:
     used = [variant for variant in Variant if contents(variant, families).ours]
     if not any(localhost.is_guarded(IptablesKernel([Family.IPv4], v, guards_localhost=True).read()) for v in used):
         return None
+    if any(map(_others_need_localnet, Variant)):
+        return None
 
     def remove() -> None:
         try:
@@ -113,6 +115,15 @@ def _localhost(families: Sequence[Family]) -> Remains | None:
 
     changes = [Change(localhost.ROUTE_LOCALNET, 1, None)]
     return Remains("iptables mode", changes, iptables_describe.describe, remove)
+
+
+def _others_need_localnet(variant: Variant) -> bool:
+    """Whether somebody else translates to loopback addresses, as the nodes of kind do for Docker's DNS."""
+    legacy = variant is Variant.LEGACY
+    if commands.missing(variant, [Family.IPv4]) or (legacy and "nat" not in legacy_tables(Family.IPv4)):
+        return False
+    rules = commands.sections(commands.save(variant, Family.IPv4, ["nat"]))
+    return any("--to-destination 127." in (rule or "") and not chain.startswith("KUBE-") for _, chain, rule in rules)
 
 
 def _iptables(variant: Variant, families: Sequence[Family]) -> Remains | None:

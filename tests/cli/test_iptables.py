@@ -352,6 +352,14 @@ def test_chains_that_others_refer_to_hold_up_nothing(machine: Machine):
     }
 
 
+def test_a_setting_that_others_need_stays(machine: Machine):
+    """As on the nodes of kind, whose DNS is Docker's, at a loopback address."""
+    machine.programmed(*web())
+    machine.restore("*nat\n-A OUTPUT -d 192.0.2.53/32 -p udp -j DNAT --to-destination 127.0.0.11:53535\nCOMMIT\n")
+    assert machine.here.kproxy("--cleanup").returncode == 0
+    assert machine.sysctl(ROUTE_LOCALNET) == 1
+
+
 def test_a_dry_run_makes_no_legacy_tables(here: OneNode):
     machine = Machine(here, Variant.LEGACY)
     tables = here.host.exec("cat", "/proc/net/ip_tables_names", "/proc/net/ip6_tables_names")
