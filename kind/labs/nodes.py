@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ SELECTOR = "app.kubernetes.io/name=kproxy"
 _LOAD = Path(__file__).resolve().parents[1] / "load"
 _IMAGE_SECONDS = 600
 _AT_ONCE = 8  # dry runs
+_COUNTERS = re.compile(r"\[\d+:\d+\]|packets \d+ bytes \d+")  # their figures could look like a port
+_HEXADECIMAL = re.compile(r"(?:\b([0-9A-F]{8})|\[([0-9a-f:]{39})\]):([0-9A-F]{4})\b")
 
 
 class ProxyPod(NamedTuple):
@@ -108,20 +111,20 @@ class KindCluster(NamedTuple):
         if done.returncode:
             raise LabError(f"the images cannot be brought to the nodes: {done.stderr.strip() or done.stdout.strip()}")
 
-    def rules(self, node: str) -> str:
+    def named(self, node: str, words: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of some addresses and ports that the rules of a node name."""
+        rules = _COUNTERS.sub("", self._rules(node))
+        return tuple(word for word in words if re.search(rf"(?<![\w.]){re.escape(word)}(?![\w.])", rules))
+
+    def has_nft(self, node: str) -> bool:
+        """Whether a node can show rules of nftables mode: images made before April 2024 cannot (kind's #3563)."""
+        return bool(_output(self.engine, "exec", node, "nft", "--version"))
+
+    def _rules(self, node: str) -> str:
         """Everything that the tools of the node image show of a node's kernel."""
-        commands = (
-            "nft list ruleset",
-            "iptables-save",
-            "ip6tables-save",
-            "ipvsadm-save -n",
-            "ipset save",
-            "ip address",
-        )
-        # The node image has no tool for IPVS; its own list is in hexadecimal.
-        servers = _output(self.engine, "exec", node, "cat", "/proc/net/ip_vs")
-        ports = [f"port {int(port, 16)}" for port in re.findall(r":([0-9A-F]{4})\b", servers)]
-        return "\n".join([*(_output(self.engine, "exec", node, *command.split()) for command in commands), *ports])
+        commands = ("nft list ruleset", "iptables-save", "ip6tables-save", "ip address", "cat /proc/net/ip_vs")
+        shown = "\n".join(_output(self.engine, "exec", node, *command.split()) for command in commands)
+        return _HEXADECIMAL.sub(_readable, shown)
 
     def published(self, node_port: int) -> str:
         """Where this machine answers for a node port, as host:port; nothing if it does not."""
@@ -169,3 +172,9 @@ def _output(*command: str) -> str:
     """What a command prints if it succeeds: a node image may lack a tool, and a mode needs none of the others'."""
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
     return "" if done.returncode else done.stdout
+
+
+def _readable(found: re.Match[str]) -> str:
+    """An address and a port of /proc/net/ip_vs: the node image has none of the tools that show them otherwise."""
+    address = IPv4Address(int(found[1], 16)) if found[1] else IPv6Address(found[2])
+    return f"{address} port {int(found[3], 16)}"

@@ -6,6 +6,7 @@ There is no kind here, nor an image of a node. kubectl and what it speaks to are
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 _NOTE = """\
@@ -26,11 +27,18 @@ case "$1 $2" in
 "image inspect") grep -qx "$3" "$FAKES/images" ;;
 "images --format") cat "$FAKES/images" ;;
 "inspect "*) [ -e "$FAKES/nodes/$2" ] && echo "[{}]" ;;
-"exec "*) node=$2; shift 2; exec nsenter "--net=$FAKES/nodes/$node" "$@" ;;
+"exec "*)
+    network=--net=$FAKES/nodes/$2 enter=$(command -v nsenter)
+    shift 2
+    export PATH="$FAKES/programs"
+    exec "$enter" "$network" "$@"
+    ;;
 "port "*) cat "$FAKES/port" ;;
 *) exit 1 ;;
 esac
 """
+# Of what rules can be read with, kind's node image has this: no ipset, no ipvsadm.
+NODE_PROGRAMS = ("cat", "ip", "ip6tables-save", "iptables-save", "nft")
 _TOOLS = (
     "sh",
     "cat",
@@ -79,8 +87,11 @@ class Fakes:
         """Clusters that kind knows."""
         (self._directory / "clusters").write_text("".join(f"{name}\n" for name in names))
 
-    def has_nodes(self, paths: dict[str, Path], published: str) -> None:
+    def has_nodes(self, paths: dict[str, Path], published: str = "", programs: Sequence[str] = NODE_PROGRAMS) -> None:
         """Containers by name, with their network namespaces; each has a port of this machine that leads to it."""
+        (self._directory / "programs").mkdir()
+        for name in programs:
+            (self._directory / "programs" / name).symlink_to(shutil.which(name) or f"/nonexistent/{name}")
         (self._directory / "nodes").mkdir()
         for name, path in paths.items():
             (self._directory / "nodes" / name).symlink_to(path)
