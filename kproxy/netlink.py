@@ -7,6 +7,7 @@ Message layout: netlink(7); constants: `linux/netlink.h`.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -63,7 +64,8 @@ def attributes(data: bytes, start: int = 0) -> dict[int, bytes]:
 class NetlinkSocket:
     """A netlink socket of one protocol (`NETLINK_*`) in the calling thread's network namespace. Raises OSError.
 
-    `groups` is the bit mask of notification groups to join.
+    `groups` is the bit mask of notification groups to join; such a socket is not for requests. What was not read of an
+    answer, as its reader gave up or failed, is dropped when the next request is made.
     """
 
     def __init__(self, protocol: int, groups: int = 0) -> None:
@@ -90,14 +92,16 @@ class NetlinkSocket:
         return self._socket.fileno()
 
     def dump(self, request: Request) -> Iterator[bytes]:
-        """What follows the header of each message of a listing, as it arrives.
+        """What follows the header of each message of a listing, as it arrives. The next request ends it.
 
         Raises OSError, at the end DumpInterruptedError where the kernel says that the listing is not consistent.
         """
         interrupted = False
-        self._send([request], _REQUEST | _DUMP)
-        while True:
-            for kind, flags, _, payload in self._receive():
+        listing = self._send([request], _REQUEST | _DUMP)
+        while self._sequence == listing:
+            for kind, flags, sequence, payload in self._receive():
+                if sequence != listing:
+                    continue
                 interrupted |= bool(flags & _DUMP_INTERRUPTED)
                 if kind not in (_ERROR_MESSAGE, _DONE):
                     yield payload
@@ -107,6 +111,7 @@ class NetlinkSocket:
                 if interrupted:
                     raise DumpInterruptedError("the listing changed while it was read")
                 return
+        raise DumpInterruptedError("another request was made while the listing was read")
 
     def acknowledged(self, requests: Sequence[Request]) -> list[int]:
         """Send requests that the kernel answers one by one: their errno, in order, 0 for done. Raises OSError."""
@@ -117,7 +122,7 @@ class NetlinkSocket:
             codes: dict[int, int] = {}
             while len(codes) < len(batch):
                 for kind, _, sequence, payload in self._receive():
-                    if kind == _ERROR_MESSAGE:
+                    if kind == _ERROR_MESSAGE and sequence >= first:
                         codes[sequence] = -_ERROR.unpack_from(payload)[0]
             answers.extend(codes[first + offset] for offset in range(len(batch)))
         return answers
@@ -133,6 +138,7 @@ class NetlinkSocket:
 
     def _send(self, requests: Sequence[Request], flags: int) -> int:
         """Send in one go; the sequence number of the first."""
+        self._drop_answers()
         first = self._sequence + 1
         self._sequence += len(requests)
         self._socket.send(
@@ -144,6 +150,17 @@ class NetlinkSocket:
             )
         )
         return first
+
+    def _drop_answers(self) -> None:
+        """Read what is left of former answers: until a listing has been read, the kernel begins no other."""
+        while True:
+            try:
+                self._socket.recv(_RECEIVE_SIZE, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:  # some were lost, which is as good
+                    raise
 
     def _receive(self, how: int = 0) -> Iterator[tuple[int, int, int, bytes]]:
         """Type, flags, sequence number and payload of each message of one datagram."""

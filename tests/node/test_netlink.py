@@ -12,7 +12,18 @@ from kproxy.netlink import DumpInterruptedError, NetlinkSocket, Request, attribu
 from tests.lab.namespaces import Namespace
 
 NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
-RTM_GETADDR, RTM_GETLINK, CTNETLINK_DELETE = 22, 18, 0x102
+RTM_NEWADDR, RTM_GETADDR, RTM_GETLINK, CTNETLINK_DELETE = 20, 22, 18, 0x102
+ADDRESSES = Request(RTM_GETADDR, struct.pack("=BBBBI", socket.AF_INET, 0, 0, 0, 0))
+LINKS = Request(RTM_GETLINK, struct.pack("=BxHiII", socket.AF_UNSPEC, 0, 0, 0, 0))
+SENSELESS = Request(RTM_NEWADDR, struct.pack("=BBBBI", socket.AF_INET, 32, 0, 0, 999))
+
+
+@pytest.fixture
+def crowded(netns: Namespace) -> Namespace:
+    """With one interface and more addresses than the kernel hands out at a time."""
+    many = "\n".join(f"addr add 10.0.{i // 250}.{i % 250 + 1}/32 dev lo" for i in range(1000))
+    netns.command("ip", "-batch", "-", stdin=many + "\n")
+    return netns
 
 
 def test_attributes_are_read_as_they_were_written():
@@ -54,13 +65,30 @@ def test_a_listing_that_the_kernel_refuses_is_an_error(netns: Namespace):
         list(kernel.dump(unknown_subsystem))
 
 
-def test_a_listing_whose_subject_changes_meanwhile_says_so(netns: Namespace):
-    with netns.run(NetlinkSocket, NETLINK_ROUTE) as kernel:
-        # More than the kernel hands out at a time, so that it must come back for the rest.
-        many = "\n".join(f"addr add 10.0.{i // 250}.{i % 250 + 1}/32 dev lo" for i in range(1000))
-        netns.command("ip", "-batch", "-", stdin=many + "\n")
-        listing = kernel.dump(Request(RTM_GETADDR, struct.pack("=BBBBI", socket.AF_INET, 0, 0, 0, 0)))
+def test_a_listing_whose_subject_changes_meanwhile_says_so(crowded: Namespace):
+    with crowded.run(NetlinkSocket, NETLINK_ROUTE) as kernel:
+        listing = kernel.dump(ADDRESSES)
         next(listing)
-        netns.command("ip", "addr", "add", "192.0.2.1/32", "dev", "lo")
+        crowded.command("ip", "addr", "add", "192.0.2.1/32", "dev", "lo")
+        with pytest.raises(DumpInterruptedError):
+            list(listing)
+
+
+@pytest.mark.parametrize("given_up", [ADDRESSES, LINKS], ids=["with much more to come", "read but for its end"])
+def test_a_listing_that_was_given_up_does_not_get_into_the_next_answers(crowded: Namespace, given_up: Request):
+    with crowded.run(NetlinkSocket, NETLINK_ROUTE) as kernel:
+        next(kernel.dump(given_up))
+        (link,) = kernel.dump(LINKS)
+        assert b"lo\0" in link
+
+        next(kernel.dump(given_up))
+        assert kernel.acknowledged([SENSELESS] * 3) == [errno.EINVAL] * 3
+
+
+def test_a_listing_cannot_go_on_after_another_request(crowded: Namespace):
+    with crowded.run(NetlinkSocket, NETLINK_ROUTE) as kernel:
+        listing = kernel.dump(ADDRESSES)
+        next(listing)
+        list(kernel.dump(LINKS))
         with pytest.raises(DumpInterruptedError):
             list(listing)
