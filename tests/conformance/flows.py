@@ -1,8 +1,8 @@
-"""A recorded scenario of packet flows, and the laboratory it takes."""
+"""A recorded scenario of packet flows, the laboratory it takes, and what is wrong when it is replayed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from kproxy.dataplane.iptables.commands import Variant
@@ -11,7 +11,7 @@ from kproxy.node_addresses import is_loopback
 from tests.lab.expectations import Action, Expectation, complaints
 from tests.lab.flows import Flow, Origin
 from tests.lab.packets import Lab
-from tests.lab.proxy import Item, Proxy
+from tests.lab.proxy import InProcess, Item, Proxy
 
 ORIGINS = {
     "pod": Origin.POD,
@@ -55,6 +55,10 @@ class World:
     def slices(self) -> list[Item]:
         """The EndpointSlices in force."""
         return [item for item in self._objects.values() if item["kind"] == "EndpointSlice"]
+
+    def services(self) -> list[Item]:
+        """The Services in force."""
+        return [item for item in self._objects.values() if item["kind"] == "Service"]
 
     def surroundings(self) -> Iterator[Item]:
         """Objects that the recording has as configuration."""
@@ -112,36 +116,75 @@ class World:
             "pods": detect.get("bridge_interface") or detect.get("interface_prefix") or "pods",
         }
 
+    def expected(self, recorded: Mapping[str, Any]) -> tuple[Flow, Expectation]:
+        """A recorded flow, and what must become of it."""
+        flow = Flow(
+            ORIGINS[recorded["source_kind"]],
+            recorded["source_ip"],
+            recorded["dest_ip"],
+            recorded["dest_port"],
+            Protocol(recorded["protocol"]),
+        )
+        expect = recorded["expect"]
+        # Packets alone cannot tell "accept" from "pass".
+        action = Action.PASS if expect["action"] == "accept" else Action(expect["action"])
+        if action is not Action.DNAT:
+            return flow, Expectation(action)
+        endpoints = frozenset((d["ip"], d["port"]) for d in expect["destinations"])
+        return flow, Expectation(action, endpoints, expect["masquerade"])
 
-def flow_complaints(lab: Lab, proxy: Proxy, world: World, recorded: Mapping[str, Any]) -> list[str]:
-    """What is wrong with one recorded flow; empty if nothing."""
-    flow = Flow(
-        ORIGINS[recorded["source_kind"]],
-        recorded["source_ip"],
-        recorded["dest_ip"],
-        recorded["dest_port"],
-        Protocol(recorded["protocol"]),
-    )
-    expected = _expectation(recorded["expect"])
+    def forget_clients(self, _: Lab, proxy: Proxy) -> None:
+        """An endpoint that leaves loses its clients; so nobody is remembered when all have left and come back."""
+        proxy.delete(*self.slices())
+        proxy.sync()
+        proxy.apply(*self.slices())
+        proxy.sync()
+
+
+def through_all_steps(lab: Lab, world: World, steps: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What is wrong after the first step that goes wrong with one proxy; empty if nothing."""
+    proxy = start_proxy(lab, world)
+    try:
+        proxy.apply(*world.surroundings())
+        for step in steps:
+            world.advance(step)
+            if "config_change" in step:  # as a user does it: with a restart
+                proxy.close()
+                proxy = start_proxy(lab, world)
+                proxy.apply(*world.objects)
+            else:
+                proxy.delete(*step["delete"])
+                proxy.apply(*step["apply"])
+            if found := step_complaints(lab, proxy, world, step):
+                return found
+        return []
+    finally:
+        proxy.close()
+
+
+def start_proxy(lab: Lab, world: World) -> Proxy:
+    """A proxy as the recording has it configured, which knows no object yet."""
+    return InProcess(lab.netns, world.configuration(), [world.family], world.variant)
+
+
+def step_complaints(lab: Lab, proxy: Proxy, world: World, step: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a step's flows once the proxy has synced; empty if nothing."""
+    for address in world.addresses():
+        if address not in lab.node.addresses:
+            lab.node.add_address(address)
+    proxy.sync()
+    lab.flush_conntrack()
+    return [complaint for recorded in step["flows"] for complaint in _flow_complaints(lab, proxy, world, recorded)]
+
+
+def _flow_complaints(lab: Lab, proxy: Proxy, world: World, recorded: Mapping[str, Any]) -> list[str]:
+    flow, expected = world.expected(recorded)
 
     def forget_clients() -> None:
-        """An endpoint that leaves loses its clients; so nobody is remembered when all have left and come back."""
-        proxy.delete(*world.slices())
-        proxy.sync()
-        proxy.apply(*world.slices())
-        proxy.sync()
+        world.forget_clients(lab, proxy)
 
     found = complaints(lab, flow, expected, before_each_try=forget_clients if world.sticky else None)
     return [f"{recorded['name']}: {complaint}" for complaint in found]
-
-
-def _expectation(expect: Mapping[str, Any]) -> Expectation:
-    # Packets alone cannot tell "accept" from "pass".
-    action = Action.PASS if expect["action"] == "accept" else Action(expect["action"])
-    if action is not Action.DNAT:
-        return Expectation(action)
-    endpoints = frozenset((d["ip"], d["port"]) for d in expect["destinations"])
-    return Expectation(action, endpoints, expect["masquerade"])
 
 
 def _identity(item: Item) -> tuple[str, str, str]:

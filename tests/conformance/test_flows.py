@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any
 
 import pytest
 
 from kproxy.dataplane.iptables.commands import Variant
-from tests.conformance.flows import World, flow_complaints
+from tests.conformance.flows import World, start_proxy, step_complaints, through_all_steps
 from tests.conformance.recorded import read
 from tests.lab.packets import Lab
-from tests.lab.proxy import CommandLine, InProcess, Proxy
+from tests.lab.proxy import CommandLine
 
 FLOWS = {mode: read(f"flows-{mode}.json") for mode in ("nftables", "iptables")}
-
-MakeProxy = Callable[[Lab, World], Proxy]
-
-
-@pytest.fixture
-def make_proxy() -> Iterator[MakeProxy]:
-    """Makes proxies that are closed when the test ends."""
-    made: list[Proxy] = []
-
-    def make(lab: Lab, world: World) -> Proxy:
-        made.append(InProcess(lab.netns, world.configuration(), [world.family], world.variant))
-        return made[-1]
-
-    yield make
-    for proxy in made:
-        proxy.close()
 
 
 def scenarios() -> list[Any]:
@@ -45,47 +29,35 @@ def scenarios() -> list[Any]:
 
 
 @pytest.mark.parametrize("scenario", scenarios())
-def test_one_proxy_through_all_steps(scenario: dict[str, Any], make_lab, make_proxy: MakeProxy) -> None:
+def test_one_proxy_through_all_steps(scenario: dict[str, Any], make_lab) -> None:
     world = World(scenario["config"], scenario["variant"])
     lab = start_lab(scenario, world, make_lab)
-    proxy = make_proxy(lab, world)
-    proxy.apply(*world.surroundings())
+
+    assert through_all_steps(lab, world, scenario["steps"]) == []
+
+
+@pytest.mark.parametrize("scenario", scenarios())
+def test_a_proxy_that_is_restarted_before_each_step(scenario: dict[str, Any], make_lab) -> None:
+    world = World(scenario["config"], scenario["variant"])
+    lab = start_lab(scenario, world, make_lab)
 
     for step in scenario["steps"]:
         world.advance(step)
-        if "config_change" in step:  # as a user does it: with a restart
-            proxy.close()
-            proxy = make_proxy(lab, world)
+        with closing(start_proxy(lab, world)) as proxy:
             proxy.apply(*world.objects)
-        else:
-            proxy.delete(*step["delete"])
-            proxy.apply(*step["apply"])
-        check(lab, proxy, world, step)
+            assert step_complaints(lab, proxy, world, step) == []
 
 
 @pytest.mark.parametrize("scenario", scenarios())
-def test_a_proxy_that_is_restarted_before_each_step(scenario: dict[str, Any], make_lab, make_proxy: MakeProxy) -> None:
-    world = World(scenario["config"], scenario["variant"])
-    lab = start_lab(scenario, world, make_lab)
-
-    for step in scenario["steps"]:
-        world.advance(step)
-        proxy = make_proxy(lab, world)
-        proxy.apply(*world.objects)
-        check(lab, proxy, world, step)
-        proxy.close()
-
-
-@pytest.mark.parametrize("scenario", scenarios())
-def test_a_fresh_proxy_for_each_step(scenario: dict[str, Any], make_lab, make_proxy: MakeProxy) -> None:
+def test_a_fresh_proxy_for_each_step(scenario: dict[str, Any], make_lab) -> None:
     world = World(scenario["config"], scenario["variant"])
 
     for step in scenario["steps"]:
         world.advance(step)
         lab = start_lab(scenario, world, make_lab)
-        proxy = make_proxy(lab, world)
-        proxy.apply(*world.objects)
-        check(lab, proxy, world, step)
+        with closing(start_proxy(lab, world)) as proxy:
+            proxy.apply(*world.objects)
+            assert step_complaints(lab, proxy, world, step) == []
 
 
 @pytest.mark.parametrize("scenario", [s for s in scenarios() if s.id.startswith("nftables")][-1:])
@@ -97,7 +69,7 @@ def test_the_command_line_does_the_same(scenario: dict[str, Any], make_lab) -> N
         world.advance(step)
         with closing(CommandLine(lab.netns, world.configuration())) as proxy:
             proxy.apply(*world.objects)
-            check(lab, proxy, world, step)
+            assert step_complaints(lab, proxy, world, step) == []
 
 
 def start_lab(scenario: Mapping[str, Any], world: World, make_lab: Callable[..., Lab]) -> Lab:
@@ -107,13 +79,3 @@ def start_lab(scenario: Mapping[str, Any], world: World, make_lab: Callable[...,
     if "initial_kernel_state" in scenario:
         lab.netns.command("nft", "-f", "-", stdin=scenario["initial_kernel_state"])
     return lab
-
-
-def check(lab: Lab, proxy: Proxy, world: World, step: Mapping[str, Any]) -> None:
-    for address in world.addresses():
-        if address not in lab.node.addresses:
-            lab.node.add_address(address)
-    proxy.sync()
-    lab.flush_conntrack()
-    found = [complaint for flow in step["flows"] for complaint in flow_complaints(lab, proxy, world, flow)]
-    assert found == []

@@ -142,23 +142,7 @@ class OpenedIpvs:
         return dict(entries)
 
     def forget_clients(self) -> None:
-        """Real servers take their connections along, and these what clients stick by (sysctl expire_nodest_conn).
-
-        They come back in another order, for IPVS begins with the first again.
-        """
-        with Servers() as servers:
-            sticky = [found.key for found in servers.virtual_servers() if found.value.flags & PERSISTENT]
-            if not sticky or not _has_sticking_clients():
-                return
-            there = [(real.key, RealServer(real.weight)) for key in sticky for real in servers.real_servers(key)]
-            servers.remove([key for key, _ in there])
-            deadline = time.monotonic() + _PATIENCE
-            while _has_sticking_clients():
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"IPVS has not forgotten its clients after {_PATIENCE} s")
-                time.sleep(0.001)
-            self._luck.shuffle(there)
-            servers.put(dict(there))
+        forget_clients_of_ipvs(self._luck)
 
     def remove(self) -> None:
         families = self.kernel.families
@@ -168,6 +152,26 @@ class OpenedIpvs:
 
     def close(self) -> None:
         self._mode.close()
+
+
+def forget_clients_of_ipvs(luck: random.Random) -> None:
+    """Real servers take their connections along, and these what clients stick by (sysctl expire_nodest_conn).
+
+    They come back in another order, for IPVS begins with the first again.
+    """
+    with Servers() as servers:
+        sticky = [found.key for found in servers.virtual_servers() if found.value.flags & PERSISTENT]
+        if not sticky or not _has_sticking_clients():
+            return
+        there = [(real.key, real.value) for key in sticky for real in servers.real_servers(key)]
+        servers.remove([key for key, _ in there])
+        deadline = time.monotonic() + _PATIENCE
+        while _has_sticking_clients():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"IPVS has not forgotten its clients after {_PATIENCE} s")
+            time.sleep(0.001)
+        luck.shuffle(there)
+        servers.put(dict(there))
 
 
 def _has_sticking_clients() -> bool:
