@@ -76,6 +76,20 @@ on_this_machine() {
     "$engine" image inspect "$1" >/dev/null 2>&1
 }
 
+# kind cannot bring an image to nodes under a name with a digest (its issues 2394 and 4028): one that is here gets a tag to
+# go by, in `image`.
+name_by_tag() {
+    case $image in *@*) ;; *) return ;; esac
+    on_this_machine "$image" || return 0
+    digest=${image#*@}
+    repository=${image%@*}
+    case ${repository##*/} in *:*) repository=${repository%:*} ;; esac
+    tagged=$repository:${digest%%:*}-${digest#*:}
+    "$engine" tag "$image" "$tagged"
+    say "$image goes to the nodes as $tagged"
+    image=$tagged
+}
+
 check_mode() {
     case $1 in
     nftables | iptables | ipvs) ;;

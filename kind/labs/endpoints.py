@@ -7,7 +7,7 @@ from functools import partial
 from labs.kubectl import LabError, Object, expect, get, wait_for
 from labs.lab import Lab, in_url
 from labs.manifests import NGINX, UNREADY, deployment, service
-from labs.nodes import KindCluster, wait_until_programmed
+from labs.nodes import wait_until_programmed
 from labs.services import create_balanced, start_web
 
 _REPLICAS = 3
@@ -103,7 +103,7 @@ def cleanup(lab: Lab) -> None:
     with lab.check("every node's kernel holds what it should, and nothing else"):
         wait_until_programmed()
     traces = (address, external, port)
-    unseen = _why_unseen(lab.kind, traces)
+    unseen = lab.kind.unseen(traces) if lab.kind else "the nodes are no containers of this machine"
     if lab.kind and not unseen:
         with lab.check("every node's rules name its addresses and its node port"):
             for node in lab.kind.nodes:
@@ -119,14 +119,6 @@ def cleanup(lab: Lab) -> None:
                 expect(lab.kind.named(node, traces), (), f"what the rules of {node} still name")
     else:
         lab.skip("the words of the rules themselves", f"{unseen}; the dry run has compared all")
-
-
-def _why_unseen(kind: KindCluster | None, traces: tuple[str, ...]) -> str:
-    """Why the rules of a node cannot be looked at; nothing if they can."""
-    if kind is None:
-        return "the nodes are no containers of this machine"
-    blind = (node for node in kind.nodes if not kind.has_nft(node) and not kind.named(node, traces))
-    return next((f"{node} has no nft" for node in blind), "")
 
 
 def _pods(lab: Lab) -> list[str]:

@@ -116,8 +116,15 @@ class KindCluster(NamedTuple):
         rules = _COUNTERS.sub("", self._rules(node))
         return tuple(word for word in words if re.search(rf"(?<![\w.]){re.escape(word)}(?![\w.])", rules))
 
-    def has_nft(self, node: str) -> bool:
-        """Whether a node can show rules of nftables mode: images made before April 2024 cannot (kind's #3563)."""
+    def unseen(self, words: tuple[str, ...]) -> str:
+        """Why the rules of a node cannot be looked at, if they name none of the words that they should; else nothing.
+
+        Images made before April 2024 have no tool for nftables mode (kind's pull request 3563).
+        """
+        blind = (node for node in self.nodes if not self.named(node, words) and not self._has_nft(node))
+        return next((f"{node} has no nft" for node in blind), "")
+
+    def _has_nft(self, node: str) -> bool:
         return bool(_output(self.engine, "exec", node, "nft", "--version"))
 
     def _rules(self, node: str) -> str:

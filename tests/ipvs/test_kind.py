@@ -20,7 +20,7 @@ KIND = Path(__file__).resolve().parents[2] / "kind"
 TRACES = ("10.96.0.20", "fd00:10:96::20", "203.0.113.10", "30080")
 NEVER = ("10.96.0.2", "30070")  # the first is a piece of an address, the second, in hexadecimal, is 7576
 ASK = "import sys, json; from labs.nodes import KindCluster; c = KindCluster('kproxy', 'docker', ('node',)); "
-ASK += "print(json.dumps(c.named('node', tuple(sys.argv[1:]))))"
+ASK += "w = tuple(sys.argv[1:]); print(json.dumps([c.named('node', w), c.unseen(w)]))"
 SECONDS = 120.0
 
 
@@ -35,18 +35,18 @@ def test_what_the_rules_of_a_node_name(tmp_path: Path) -> None:
         here.host.configure("link add eth0 type dummy", "link set eth0 up", "addr add 192.0.2.10/24 dev eth0")
         without_nft = [name for name in NODE_PROGRAMS if name != "nft"]
         fakes.has_nodes({"node": here.host.namespace.path}, programs=without_nft)
-        before = named(fakes, *TRACES, *NEVER)
+        before = looked_at(fakes, *TRACES, *NEVER)
         flags = ("--proxy-mode=ipvs", "--once", f"--manifests={here.manifests(shop, *slices)}")
         done = here.kproxy(*flags, timeout=SECONDS)
         assert done.returncode == 0, done.stderr
-        then = named(fakes, *TRACES, *NEVER)
+        then = looked_at(fakes, *TRACES, *NEVER)
 
-    assert before == []
-    assert then == list(TRACES)
+    assert before == [[], "node has no nft"]
+    assert then == [list(TRACES), ""]
 
 
-def named(fakes: Fakes, *words: str) -> list[str]:
-    """What kind/e2e finds of these words."""
+def looked_at(fakes: Fakes, *words: str) -> list[object]:
+    """What kind/e2e finds of these words, and why it cannot look, if it cannot."""
     environment = fakes.environment(PATH=f"{fakes.path}:{os.environ['PATH']}", PYTHONPATH=str(KIND))
     asked = subprocess.run(
         [sys.executable, "-c", ASK, *words],
@@ -56,5 +56,5 @@ def named(fakes: Fakes, *words: str) -> list[str]:
         timeout=SECONDS,
         check=True,
     )
-    found: list[str] = json.loads(asked.stdout)
+    found: list[object] = json.loads(asked.stdout)
     return found

@@ -25,7 +25,9 @@ case "$1 $2" in
 "--version ") echo "Docker version 28.2.2, build e6534b4" ;;
 "info ") [ ! -e "$FAKES/no-daemon" ] ;;
 "image inspect") grep -qx "$3" "$FAKES/images" ;;
-"images --format") cat "$FAKES/images" ;;
+"images --format") sed 's/@.*/:<none>/' "$FAKES/images" ;;
+"images --digests") grep @ "$FAKES/images" ;;
+"tag "*) echo "$3" >>"$FAKES/images" ;;
 "inspect "*) [ -e "$FAKES/nodes/$2" ] && echo "[{}]" ;;
 "exec "*)
     network=--net=$FAKES/nodes/$2 enter=$(command -v nsenter)

@@ -217,7 +217,8 @@ def test_up_again_changes_the_mode_and_honours_the_variables(
     config.write_text(
         "kind: Cluster\napiVersion: kind.x-k8s.io/v1alpha4\nnodes:\n- role: control-plane\n  image: mine:1\n"
     )
-    fakes.has_images("registry.test:5000/kproxy:1", "kindest/node:v1.36.1")
+    by_digest = "registry.test:5000/kproxy:1@sha256:c0ffee"
+    fakes.has_images("registry.test:5000/kproxy:1", by_digest, "kindest/node:v1.36.1")
     settings = {"KPROXY_IMAGE": "registry.test:5000/kproxy:1", "KIND_CONFIG": str(config)}
 
     done = run("up", "--mode=iptables", env=environment(kubernetes, fakes, **settings))
@@ -226,6 +227,7 @@ def test_up_again_changes_the_mode_and_honours_the_variables(
     assert "KUBE-SERVICES" in ruleset(kubernetes)
     assert answers(kubernetes)
 
+    settings["KPROXY_IMAGE"] = by_digest
     done = run("up", "--mode=nftables", env=environment(kubernetes, fakes, **settings))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "cluster kproxy exists: kproxy goes there" in done.stdout
@@ -236,10 +238,16 @@ def test_up_again_changes_the_mode_and_honours_the_variables(
     assert fakes.calls("make") == []
     load = "kind load docker-image --name kproxy registry.test:5000/kproxy:1"
     create = f"kind create cluster --name kproxy --config {config}"
-    assert fakes.calls("kind") == [create, load, "kind export kubeconfig --name kproxy", load]
+    by_tag = "registry.test:5000/kproxy:sha256-c0ffee"
+    assert fakes.calls("kind") == [
+        create,
+        load,
+        "kind export kubeconfig --name kproxy",
+        f"kind load docker-image --name kproxy {by_tag}",
+    ]
     spec = kubernetes.store.get(DAEMON_SETS, Key(SYSTEM, "kproxy"))["spec"]["template"]["spec"]
     images = {container["image"] for container in spec["containers"] + spec["initContainers"]}
-    assert images == {"registry.test:5000/kproxy:1"}
+    assert images == {by_tag}
 
 
 @one_node
