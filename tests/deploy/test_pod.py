@@ -7,8 +7,11 @@ import signal
 import socket
 import ssl
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -254,6 +257,51 @@ def test_in_the_place_of_kube_proxy_the_pod_removes_what_that_left_and_nothing_e
 
     eventually(lambda: "KUBE-SERVICES" not in rules(), "kube-proxy's rules have gone")
     assert "-A PREROUTING -j OTHERS" in rules()
+
+
+@contextmanager
+def kube_proxy_has_its_ports(node: Host) -> Iterator[None]:
+    """Something that answers at kube-proxy's ports as it does since 1.28: it is alive, and knows no /readyz."""
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path in ("/livez", "/healthz") else 404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ExitStack() as until_it_ends:
+        for port_number in (10249, 10256):
+            server = node.namespace.run(HTTPServer, ("0.0.0.0", port_number), Answers)
+            until_it_ends.callback(server.server_close)
+            thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+            thread.start()
+            until_it_ends.callback(thread.join)
+            until_it_ends.callback(server.shutdown)
+        yield
+
+
+def test_beside_kube_proxy_the_pod_does_its_work_and_is_ready_when_that_has_gone(
+    make_pod: MakePod, node: Host, endpoint: socket.socket
+):
+    pod = make_pod("replace-kube-proxy")
+
+    def works() -> bool:
+        try:
+            node.connect(CLUSTER_IP, 80).close()
+        except OSError:
+            return False
+        return True
+
+    with kube_proxy_has_its_ports(node):
+        pod.start()
+        eventually(works, "the Service works", seconds=START_SECONDS)
+        assert (pod.probe("livenessProbe"), pod.probe("readinessProbe")) == (200, 404)
+
+    pod.wait_until_ready()
+    assert pod.kproxy.running
+    assert node.get(f"http://127.0.0.1:{METRICS_PORT}/proxyMode").status == 200
 
 
 def test_the_init_container_writes_what_kproxy_could_not(pod: Pod):
