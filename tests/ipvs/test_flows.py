@@ -67,7 +67,7 @@ def test_what_a_part_of_the_recordings_may_lack(make_lab) -> None:
                 flow(CLIENT, "1.2.3.4", 80, "dnat", HERE, ELSEWHERE, masquerade=True),
                 flow(UNWANTED, "1.2.3.4", 80, "drop"),
                 flow("1.2.3.4", "1.2.3.4", 80, "dnat", HERE, ELSEWHERE, masquerade=True),
-                flow(CLIENT, "9.10.11.12", 80, "pass"),
+                flow(CLIENT, "9.10.11.12", 81, "pass"),
                 flow(CLIENT, "5.6.7.8", 80, "drop"),
                 flow(POD, "172.30.0.42", 80, "drop"),
                 flow(POD, NODE, 3002, "dnat", ELSEWHERE),

@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from heapq import nsmallest
 from ipaddress import ip_address
-from typing import Any
 from zlib import crc32
 
 import msgspec
@@ -14,31 +13,22 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 
-from kproxy.api.events import Listed
-from kproxy.api.objects import KINDS
 from kproxy.cluster import ClusterState
-from kproxy.config.decode import decode
-from kproxy.config.defaults import defaulted
-from kproxy.config.v1alpha1 import Configuration, KproxyConfiguration, OwnIPVS, ProxyMode
+from kproxy.config.v1alpha1 import KproxyConfiguration, OwnIPVS
 from kproxy.dataplane.ipvs.names import DEVICE
-from kproxy.explain import Action, Explanation, Node, Packet
-from kproxy.facts import Facts
-from kproxy.model import Endpoint, Family, NodeFacts
+from kproxy.explain import Action, Explanation, Packet
+from kproxy.model import Endpoint, Family
 from kproxy.node_addresses import LOOPBACK, local_addresses
-from kproxy.reconcile import Reconciler
-from tests.lab import scenario as scenarios
 from tests.lab.flows import Flow, Origin, Outcome
 from tests.lab.namespaces import Namespace
 from tests.lab.node import POD_GATEWAYS
 from tests.lab.packets import Lab
 from tests.lab.scenario import Objects
 from tests.oracle.judge import complaints
-from tests.oracle.kernels import Explain, OpenedIpvs
+from tests.oracle.kernels import Explain
 from tests.oracle.probes import probes, targets, towards
 from tests.oracle.profile import examples
-from tests.oracle.rig import Item, Rig, Wrap
-from tests.oracle.story import Story, _items
-from tests.oracle.unreliable import Unreliable
+from tests.oracle.story import Story
 from tests.oracle.worlds import (
     CLIENTS,
     CLUSTER_IPS,
@@ -74,24 +64,6 @@ class UnevenLab(Lab):
         return [outcomes[i] for i in range(len(flows))]
 
 
-class IpvsRig(Rig):
-    """A rig in ipvs mode."""
-
-    def __init__(self, netns: Namespace, config: Item, settings: KproxyConfiguration, wrap: Wrap) -> None:
-        read, problems = decode(Configuration, config)
-        assert not any(problems), problems
-        configuration = defaulted(read)
-        self._netns = netns
-        self.state = ClusterState(configuration.hostname_override, note=print)
-        for kind in KINDS:
-            self.state.apply(Listed(kind, frozenset()))
-        self.opened = netns.run(OpenedIpvs, configuration, settings)
-        self._facts = Facts(configuration, ProxyMode.IPVS, tuple(Family), self.state, _own_addresses, print)
-        self._dataplane = wrap(self.opened.dataplane)
-        self._reconciler: Reconciler | None = None
-        self._node = Node(NodeFacts())
-
-
 class IpvsStory(Story):
     """A history in ipvs mode."""
 
@@ -99,27 +71,15 @@ class IpvsStory(Story):
         self, lab: Lab, history: History, *, stock_local_fallback: bool = False, also: Sequence[Flow] = ()
     ) -> None:
         self._also = also  # flows that are tried beside the drawn ones
-        self._settings = KproxyConfiguration(ipvs=OwnIPVS(stock_local_fallback=stock_local_fallback))
-        super().__init__(lab, history)
+        settings = KproxyConfiguration(ipvs=OwnIPVS(stock_local_fallback=stock_local_fallback))
+        super().__init__(lab, history, settings=settings)
 
-    def _begin(self) -> None:
-        config = {"mode": "ipvs", "hostnameOverride": scenarios.NODE_NAME, **self._now.config}
+    @property
+    def _mode(self) -> str:
+        return "ipvs"
 
-        def wrapped(real: Any) -> Unreliable:
-            self._dataplane = Unreliable(real, 0.0, seed=0)
-            return self._dataplane
-
-        self.rig = IpvsRig(self.lab.netns, config, self._settings, wrapped)
-        self._set_addresses()
-        self._apply_surroundings()
-        self.rig.apply(_items(self._now, present=True))
-        self._sync()
-
-    def go_on(self, step: Step) -> None:
-        if step.drift:
-            meddle(self.lab.netns, step.drift)
-            self.rig.reconciler.doubt()
-        super().go_on(step._replace(drift=0))
+    def _meddle(self, how: int) -> None:
+        meddle(self.lab.netns, how)
 
     def flaws_of_packets(self) -> list[str]:
         self.lab.flush_conntrack()
@@ -128,10 +88,6 @@ class IpvsStory(Story):
         own = frozenset(known - set(POD_GATEWAYS) - set(LOOPBACK.values()))
         flows = [*chosen_flows(self.rig.state, own, self._history.luck), *self._also]
         return complaints(self.lab, flows, lambda packet: as_judged(packet, explain), self.rig.forget_clients)
-
-
-def _own_addresses() -> frozenset[str]:
-    return local_addresses(exclude=DEVICE)
 
 
 def as_judged(packet: Packet, explain: Explain) -> Explanation:

@@ -17,7 +17,7 @@ from kproxy.dataplane.iptables import cleanup
 from kproxy.dataplane.iptables.commands import Variant
 from kproxy.dataplane.iptables.localhost import ROUTE_LOCALNET
 from kproxy.dataplane.ipvs import cleanup as ipvs_cleanup
-from kproxy.dataplane.ipvs.entries import PERSISTENT, RealServer
+from kproxy.dataplane.ipvs.entries import PERSISTENT
 from kproxy.dataplane.ipvs.servers import Servers
 from kproxy.dataplane.nftables.containers import CONTAINERS
 from kproxy.dataplane.nftables.dataplane import NftablesDataplane

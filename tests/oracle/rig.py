@@ -12,15 +12,16 @@ from kproxy.api.objects import KINDS
 from kproxy.cluster import ClusterState
 from kproxy.config.decode import decode
 from kproxy.config.defaults import defaulted, with_mode
-from kproxy.config.v1alpha1 import Configuration, ProxyMode
+from kproxy.config.v1alpha1 import Configuration, KproxyConfiguration, ProxyMode
 from kproxy.dataplane.base import Dataplane
+from kproxy.dataplane.ipvs.names import DEVICE
 from kproxy.explain import Node
 from kproxy.facts import Facts
 from kproxy.model import Family, NodeFacts, Route
 from kproxy.node_addresses import local_addresses
 from kproxy.reconcile import Difference, Reconciler, SyncReport
 from tests.lab.namespaces import Namespace
-from tests.oracle.kernels import Explain, Opened, OpenedIptables, OpenedNftables
+from tests.oracle.kernels import Explain, Opened, OpenedIptables, OpenedIpvs, OpenedNftables
 
 Item = Mapping[str, Any]
 Wrap = Callable[[Dataplane], Dataplane]
@@ -29,11 +30,17 @@ Wrap = Callable[[Dataplane], Dataplane]
 class Rig:
     """A proxy in the mode of its configuration, driven step by step in the namespace of a node.
 
-    `shared_tables`: others may change what is its own. `wrap` goes round its dataplane.
+    `shared_tables`: others may change what is its own. `settings` are kproxy's own. `wrap` goes round its dataplane.
     """
 
     def __init__(
-        self, netns: Namespace, config: Item, *, shared_tables: bool = False, wrap: Wrap | None = None
+        self,
+        netns: Namespace,
+        config: Item,
+        *,
+        shared_tables: bool = False,
+        settings: KproxyConfiguration | None = None,
+        wrap: Wrap | None = None,
     ) -> None:
         read, problems = decode(Configuration, config)
         if any(problems):
@@ -44,9 +51,9 @@ class Rig:
         self.state = ClusterState(read.hostname_override, note=_ignore)
         for kind in KINDS:
             self.state.apply(Listed(kind, frozenset()))
-        self.opened: Opened = netns.run(_open, configuration, shared_tables)
+        self.opened: Opened = netns.run(_open, configuration, shared_tables, settings or KproxyConfiguration())
         large = self.opened.large_families(self.state)
-        self._facts = Facts(configuration, mode, tuple(Family), self.state, local_addresses, _ignore, large)
+        self._facts = Facts(configuration, mode, tuple(Family), self.state, _own_addresses, _ignore, large)
         self._dataplane: Dataplane = wrap(self.opened.dataplane) if wrap else self.opened.dataplane
         self._reconciler: Reconciler | None = None
         self._node = Node(NodeFacts())
@@ -122,14 +129,20 @@ class Rig:
         self._netns.run(self.opened.close)
 
 
-def _open(configuration: Configuration, shared_tables: bool) -> Opened:
+def _open(configuration: Configuration, shared_tables: bool, settings: KproxyConfiguration) -> Opened:
     match configuration.mode:
         case ProxyMode.NFTABLES:
             return OpenedNftables(shared_tables=shared_tables)
         case ProxyMode.IPTABLES:
             return OpenedIptables(configuration)
+        case ProxyMode.IPVS:
+            return OpenedIpvs(configuration, settings)
         case mode:
-            raise ValueError(f"mode {mode} cannot be driven yet")
+            raise ValueError(f"{mode} is no mode of a proxy on Linux")
+
+
+def _own_addresses() -> frozenset[str]:
+    return local_addresses(exclude=DEVICE)
 
 
 def _ignore(_: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from kproxy.config.v1alpha1 import KproxyConfiguration
 from kproxy.dataplane.base import ApplyError
 from kproxy.dataplane.iptables.commands import Variant
 from kproxy.model import Family
@@ -26,15 +27,25 @@ ATTEMPTS = 100  # of a sync that meets faults
 class Story:
     """A history on the node of a laboratory, which is clean when it ends.
 
-    In iptables mode if there is a `variant` of it, else in nftables mode. `faults`: how many transactions fail.
+    In iptables mode if there is a `variant` of it, else in nftables mode unless a subclass says otherwise. `settings`
+    are kproxy's own. `faults`: how many transactions fail.
     """
 
-    def __init__(self, lab: Lab, history: History, *, variant: Variant | None = None, faults: float = 0.0) -> None:
+    def __init__(
+        self,
+        lab: Lab,
+        history: History,
+        *,
+        variant: Variant | None = None,
+        faults: float = 0.0,
+        settings: KproxyConfiguration | None = None,
+    ) -> None:
         self.lab = lab
         self._history = history
         self._now = history.given
         self._variant = variant
         self._faults = faults
+        self._settings = settings
         self._shared_tables = any(step.drift for step in history.steps)
         self._starts = 0
         if variant:
@@ -51,10 +62,7 @@ class Story:
     def go_on(self, step: Step) -> None:
         """Something happens, and the proxy hears of it."""
         if step.drift:
-            if self._variant:
-                meddling_iptables.meddle(self.lab.netns, self._variant, step.drift)
-            else:
-                meddling.meddle(self.lab.netns, step.drift)
+            self._meddle(step.drift)
             self.rig.reconciler.doubt()
         changes = step.changes
         self._now = changes.over(self._now)
@@ -93,17 +101,28 @@ class Story:
         flows = probes(self.rig.state, self.lab.node.addresses - set(POD_GATEWAYS), self._history.luck)
         return complaints(self.lab, flows, self.rig.explainer(), self.rig.forget_clients)
 
+    @property
+    def _mode(self) -> str:
+        """The proxy's."""
+        return "iptables" if self._variant else "nftables"
+
+    def _meddle(self, how: int) -> None:
+        """Change something of the proxy's as a stranger does."""
+        if self._variant:
+            meddling_iptables.meddle(self.lab.netns, self._variant, how)
+        else:
+            meddling.meddle(self.lab.netns, how)
+
     def _begin(self) -> None:
         """A new proxy finds what the last one left."""
         self._starts += 1
-        mode = "iptables" if self._variant else "nftables"
-        config = {"mode": mode, "hostnameOverride": scenarios.NODE_NAME, **self._now.config}
+        config = {"mode": self._mode, "hostnameOverride": scenarios.NODE_NAME, **self._now.config}
 
         def wrapped(real: Any) -> Unreliable:
             self._dataplane = Unreliable(real, self._faults, seed=self._history.luck + self._starts)
             return self._dataplane
 
-        self.rig = Rig(self.lab.netns, config, shared_tables=self._shared_tables, wrap=wrapped)
+        self.rig = Rig(self.lab.netns, config, shared_tables=self._shared_tables, settings=self._settings, wrap=wrapped)
         self._set_addresses()
         self._apply_surroundings()
         self.rig.apply(_items(self._now, present=True))
