@@ -76,7 +76,7 @@ class Ipvs:
 
     def observers(self, registry: CollectorRegistry) -> Sequence[Observer]:
         """See `kproxy.modes.base.Mode`."""
-        return [_Measured(self.kernel.families, IptablesMetrics(registry)), _Drained(self.kernel)]
+        return [_Measured(self.kernel.families, IptablesMetrics(registry)), Drained(self.kernel)]
 
     def readings(self, state: ClusterState) -> Callable[[], Iterable[Reading]]:
         """See `kproxy.modes.base.Mode`."""
@@ -125,7 +125,7 @@ class _Measured(Observer):
                 self._metrics.failures.labels(family.name).inc()
 
 
-class _Drained(Observer):
+class Drained(Observer):
     """Deletes real servers that are done with their connections, in a thread of its own."""
 
     def __init__(self, kernel: IpvsKernel) -> None:
@@ -134,6 +134,7 @@ class _Drained(Observer):
         threading.Thread(target=self._run, name="drain", daemon=True).start()
 
     def sync_done(self, report: SyncReport, seconds: float) -> None:  # noqa: ARG002 - an observer's signature
+        """See `kproxy.proxy.Observer`."""
         self._synced.set()  # also without changes: what an earlier process left draining is found by reading
 
     def _run(self) -> None:

@@ -7,12 +7,20 @@ from collections.abc import Iterator
 
 import pytest
 
-from kproxy.dataplane.base import diff
+from kproxy.cluster import ClusterState
+from kproxy.dataplane.base import Change, diff
+from kproxy.dataplane.ipvs.dataplane import IpvsDataplane
 from kproxy.dataplane.ipvs.drain import DRAIN_SECONDS, LOOK_SECONDS
+from kproxy.dataplane.ipvs.entries import RealServer
+from kproxy.dataplane.ipvs.options import Options
 from kproxy.model import Family, Protocol
-from tests.ipvs.kernel_host import NODE, V4, Host, cluster_ip, entries, pod, real_server, route
+from kproxy.modes.ipvs import Drained
+from kproxy.reconcile import Reconciler
+from tests.ipvs.kernel_host import FACTS, NODE, V4, Host, cluster_ip, entries, pod, real_server, route
+from tests.lab.cluster_objects import service
 from tests.lab.namespaces import Namespace
 from tests.lab.waiting import eventually
+from tests.reconcile.driven import changed
 
 pytestmark = pytest.mark.ipvs
 
@@ -31,6 +39,7 @@ class Conversation:
     """A client and a pod that are connected through a virtual server."""
 
     def __init__(self, host: Host, server: socket.socket, family: Family = V4) -> None:
+        self._host = host
         self.client = host.connect(cluster_ip(family, 1))
         self.server, _ = server.accept()
         self.server.settimeout(10)
@@ -38,6 +47,12 @@ class Conversation:
     def goes_on(self) -> bool:
         self.client.sendall(b"hello")
         return self.server.recv(64) == b"hello"
+
+    def end(self) -> None:
+        """Until IPVS has forgotten it: half closed by the server, a connection lasts for tcpFinTimeout."""
+        self._host.netns.run(self._host.kernel.set_timeouts, 0, 1, 0)
+        self.server.close()
+        eventually(lambda: " 1 " not in self._host.command("ipvsadm", "-Ln"), "the connection ends")
 
     def close(self) -> None:
         self.client.close()
@@ -68,10 +83,8 @@ def test_an_endpoint_that_leaves_keeps_its_connections_and_gets_no_new_ones(
 
 
 def test_it_goes_when_its_connections_have_ended(host: Host, conversation: Conversation) -> None:
-    # Half closed by the server, a connection is forgotten after tcpFinTimeout.
-    host.netns.run(host.kernel.set_timeouts, 0, 1, 0)
-    conversation.server.close()
-    assert eventually(host.drain, "the connection ends") == 1
+    conversation.end()
+    assert host.drain() == 1
     assert AT_WEIGHT_0 not in host.servers()
     assert host.kernel.due() is None
 
@@ -86,6 +99,37 @@ def test_it_goes_when_it_has_had_time_enough(host: Host, conversation: Conversat
     host.clock.now += 1
     assert host.drain() == 1
     assert AT_WEIGHT_0 not in host.servers()
+
+
+def test_a_look_that_failed_is_not_repeated_at_once(host: Host, conversation: Conversation) -> None:
+    host.clock.now += DRAIN_SECONDS
+    host.kernel.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        host.drain()
+    assert host.kernel.due() == LOOK_SECONDS
+
+
+def give_weight(host: Host, weight: int) -> None:
+    server = f"{pod(V4, 1)}:8080"
+    host.command("ipvsadm", "-e", "-t", f"{cluster_ip(V4, 1)}:80", "-r", server, "-m", "-w", str(weight))
+
+
+def test_weight_that_somebody_gives_back_is_taken_away_again(host: Host, conversation: Conversation) -> None:
+    give_weight(host, 3)
+    assert diff(GONE, host.read()) == [Change(real_server(1, 1), RealServer(3), None)]
+    host.bring_to(GONE)
+    assert AT_WEIGHT_0 in host.servers()
+    assert conversation.goes_on()
+    host.clock.now += DRAIN_SECONDS
+    assert host.drain() == 1
+
+
+def test_weight_that_somebody_gives_back_to_what_is_wanted_again_stays(host: Host, conversation: Conversation) -> None:
+    give_weight(host, 1)
+    host.bring_to(entries(route(V4, 1, 1)))
+    host.clock.now += DRAIN_SECONDS
+    assert host.drain() == 0
+    assert AT_WEIGHT_1 in host.servers()
 
 
 def test_it_comes_back_with_its_connections(host: Host, conversation: Conversation) -> None:
@@ -107,6 +151,22 @@ def test_a_new_process_waits_for_what_an_earlier_one_left(host: Host, conversati
     assert host.kernel.due() == 0
     assert host.drain() == 1
     assert AT_WEIGHT_0 not in host.servers()
+
+
+def test_a_new_process_that_has_nothing_to_change_deletes_what_an_earlier_one_left(
+    host: Host, conversation: Conversation
+) -> None:
+    host.restart()
+    drained = Drained(host.kernel)
+    cluster = ClusterState(FACTS.name, note=lambda text: None)
+    cluster.apply(changed(service("svc-1", cluster_ip(V4, 1))))
+    report = host.netns.run(Reconciler(cluster, IpvsDataplane(host.kernel, Options()), FACTS).sync)
+    assert not report.changes
+    assert AT_WEIGHT_0 in host.servers()
+    conversation.end()
+    host.clock.now += LOOK_SECONDS
+    drained.sync_done(report, 0.0)
+    eventually(lambda: AT_WEIGHT_0 not in host.servers(), "it is deleted")
 
 
 def test_a_new_process_gives_a_wanted_endpoint_its_weight_back(host: Host, conversation: Conversation) -> None:

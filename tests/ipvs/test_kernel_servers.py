@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 from collections.abc import Iterator
 
 import pytest
@@ -9,10 +10,12 @@ import pytest
 from kproxy.cluster import ClusterState
 from kproxy.dataplane.base import ApplyError, Change, UnsupportedError, diff
 from kproxy.dataplane.ipvs.dataplane import IpvsDataplane
-from kproxy.dataplane.ipvs.entries import RealServer, RealServerKey, VirtualServer, VirtualServerKey
+from kproxy.dataplane.ipvs.describe import describe
+from kproxy.dataplane.ipvs.entries import RealServer, RealServerKey, SetKey, VirtualServer, VirtualServerKey
 from kproxy.dataplane.ipvs.kernel import IpvsKernel
 from kproxy.dataplane.ipvs.options import Options
 from kproxy.model import Family, Protocol, ServiceName
+from kproxy.netlink import NetlinkSocket
 from kproxy.reconcile import Reconciler
 from tests.ipvs.kernel_host import (
     FACTS,
@@ -36,6 +39,8 @@ from tests.reconcile.driven import changed
 from tests.reconcile.objects import endpoints
 
 pytestmark = pytest.mark.ipvs
+
+NETLINK_ROUTE, RTMGRP_LINK = 0, 1
 
 
 @pytest.fixture
@@ -140,18 +145,54 @@ def test_what_others_put_on_our_addresses_goes(host: Host) -> None:
     assert host.servers() == before
 
 
-def test_excluded_addresses_are_left_alone(host: Host) -> None:
-    host.restart(excluded=["10.96.0.128/25"])
-    own, others = route(V4, 130, 1), route(V4, 1, 1)
-    host.bring_to(entries(own, others))
-    host.command("ipvsadm", "-A", "-t", f"{cluster_ip(V4, 130)}:81", "-s", "rr")
-    host.command("ipvsadm", "-A", "-t", f"{cluster_ip(V4, 1)}:81", "-s", "rr")
-    host.bring_to(entries(own, others))
-    stays = f"-A -t {cluster_ip(V4, 130)}:81 -s rr"
-    assert stays in host.servers()
-    assert f"-A -t {cluster_ip(V4, 1)}:81 -s rr" not in host.servers()
+def test_what_others_set_of_real_servers_is_told_and_put_right(host: Host) -> None:
+    wanted = entries(route(V4, 1, 1))
+    same_port = RealServerKey(*virtual_server(1), pod(V4, 2), 80)  # others than masqueraded ones have no other
+    wanted[same_port] = RealServer(1)
+    host.bring_to(wanted)
+    before = host.servers()
+    ours = f"{cluster_ip(V4, 1)}:80"
+    host.command("ipvsadm", "-e", "-t", ours, "-r", f"{pod(V4, 1)}:8080", "-m", "-w", "1", "-x", "5", "-y", "2")
+    host.command("ipvsadm", "-e", "-t", ours, "-r", f"{pod(V4, 2)}:80", "-g", "-w", "3")
+    host.command("ipvsadm", "-a", "-t", ours, "-r", "[fd00:9::1]:80", "-i", "-w", "1")  # of the other family
+    found = host.read()
+    assert [describe(change.key, change.old) for change in diff(wanted, found)] == [
+        "virtual server 10.96.0.1:80/TCP to 10.1.0.1:8080: weight 1, thresholds 2 and 5",
+        "virtual server 10.96.0.1:80/TCP to 10.1.0.2:80: weight 3, direct routing",
+        "virtual server 10.96.0.1:80/TCP to [fd00:9::1]:80: weight 1, tunnel",
+    ]
+    host.bring_to(wanted)
+    assert diff(wanted, host.read()) == []
+    assert host.servers() == before
+
+
+def test_in_excluded_addresses_what_services_have_is_ours_and_the_rest_is_not_touched(host: Host) -> None:
+    excluded = ["10.96.0.128/25", "192.168.0.0/24"]
+    others = route(V4, 1, 1)
+    wanted = entries(route(V4, 130, 1, node_port=30001), others)
+    strangers = [
+        "-A -t 10.96.0.130:81 -s rr",
+        "-A -t 192.168.0.10:443 -s wlc",
+        "-A -u 192.168.0.10:30001 -s rr",  # the number of the node port, another protocol
+        "-a -t 10.96.0.130:81 -r 10.9.0.1:81 -g -w 3",
+    ]
+    host.command("ipvsadm", "-R", stdin="".join(f"{line}\n" for line in strangers))
+    host.restart(excluded=excluded)
+    host.bring_to(wanted)
+    host.command("ipvsadm", "-A", "-t", "10.96.0.1:81", "-s", "rr")  # not in the excluded range
+
+    host.restart(excluded=excluded)
+    assert [str(change.key) for change in diff(wanted, host.read())] == ["10.96.0.1:81/TCP"]
+    host.bring_to(entries(route(V4, 130, 2, node_port=30001), others))
+    assert [line for line in host.servers() if line.startswith("-a") and line not in strangers] == [
+        "-a -t 10.96.0.130:80 -r 10.1.0.2:8080 -m -w 1",
+        "-a -t 10.96.0.1:80 -r 10.1.0.1:8080 -m -w 1",
+        "-a -t 192.168.0.10:30001 -r 10.1.0.2:8080 -m -w 1",
+    ]
+
+    host.restart(excluded=excluded)
     host.bring_to(entries())
-    assert host.servers() == [stays]
+    assert host.servers() == strangers
 
 
 @pytest.mark.parametrize("family", list(Family))
@@ -183,6 +224,48 @@ def test_a_refused_endpoint_is_named_and_nothing_of_the_changes_is_in_force(host
     assert diff(before, host.read()) == []
     assert host.servers() == servers
     assert host.saved() == rules
+
+
+def test_a_strangers_virtual_server_is_taken_over_only_if_nothing_is_refused(host: Host) -> None:
+    strangers = [
+        "-A -t 192.168.0.10:30001 -s wlc -p 60",
+        "-a -t 192.168.0.10:30001 -r 10.1.0.1:8080 -m -w 3",
+        "-a -t 192.168.0.10:30001 -r 10.9.0.1:30001 -i -w 7",
+    ]
+    host.command("ipvsadm", "-R", stdin="".join(f"{line}\n" for line in strangers))
+    before = host.servers()
+    wanted = entries(route(V4, 1, 1, 2, node_port=30001))
+    refused = RealServerKey(*virtual_server(1), "224.0.0.1", 8080)
+    with pytest.raises(ApplyError, match=r"224\.0\.0\.1"):
+        host.bring_to({**wanted, refused: RealServer(1)})
+    assert host.servers() == before
+    assert host.read() == {}
+
+    host.bring_to(wanted)
+    assert diff(wanted, host.read()) == []
+    assert [line for line in host.servers() if ":30001" in line] == [
+        "-A -t 192.168.0.10:30001 -s rr",
+        "-a -t 192.168.0.10:30001 -r 10.1.0.1:8080 -m -w 1",
+        "-a -t 192.168.0.10:30001 -r 10.1.0.2:8080 -m -w 1",
+    ]
+    host.bring_to(entries())
+    assert host.servers() == []
+
+
+def test_where_something_cannot_be_removed_nothing_is_in_force(host: Host) -> None:
+    before = entries(route(V4, 1, 1, external_ips=("192.0.2.1",)), route(V4, 2, 1, affinity_seconds=60))
+    host.bring_to(before)
+    in_use = "KUBE-LOAD-BALANCER-SOURCE-IP"
+    host.command("iptables-legacy", "-A", "INPUT", "-m", "set", "--match-set", in_use, "dst,dst,src", "-j", "ACCEPT")
+    servers, rules = host.servers(), host.saved()
+    after = entries(route(V4, 1, 2), route(V4, 3, 1))
+    del after[SetKey(in_use)]
+    with pytest.raises(ApplyError, match=f"{in_use}.*in use by a rule") as caught:
+        host.netns.run(host.kernel.apply, diff(after, before))
+    assert not caught.value.transient
+    assert diff(before, host.read()) == []
+    assert host.servers() == servers
+    assert sorted(host.saved()) == sorted(rules)
 
 
 def test_a_refused_virtual_server_is_named_once(host: Host) -> None:
@@ -265,18 +348,21 @@ def test_timeouts_that_are_not_given_stay(host: Host) -> None:
     assert host.command("ipvsadm", "-L", "--timeout").strip() == "Timeout (tcp tcpfin udp): 111 120 222"
 
 
-def test_the_probe_leaves_nothing_behind(host: Host) -> None:
-    links = host.command("ip", "-o", "link")
-    assert host.netns.run(host.kernel.probe, "mh").random_fully
+def test_the_probe_makes_nothing(host: Host) -> None:
+    with host.netns.run(NetlinkSocket, NETLINK_ROUTE, RTMGRP_LINK) as links:
+        assert host.netns.run(host.kernel.probe, "mh").random_fully
+        assert select.select([links], [], [], 0)[0] == []  # no interface came and went
     assert host.servers() == []
-    assert host.command("ip", "-o", "link") == links
     assert not [line for line in host.saved() if "KUBE" in line]
 
 
-def test_a_scheduler_that_the_kernel_does_not_have(host: Host) -> None:
-    with pytest.raises(UnsupportedError, match=r"no scheduler 'fancy'.*ip_vs_fancy"):
-        host.netns.run(host.kernel.probe, "fancy")
-    assert host.servers() == []
+@pytest.mark.parametrize("scheduler", ["fancy", "longer-than-the-kernel-takes"])
+def test_a_scheduler_that_the_kernel_does_not_have(host: Host, scheduler: str) -> None:
+    left_by_a_kube_proxy_that_was_killed = "-A -t 198.51.100.0:20000 -s rr"
+    host.command("ipvsadm", "-R", stdin=f"{left_by_a_kube_proxy_that_was_killed}\n")
+    with pytest.raises(UnsupportedError, match=rf"no scheduler '{scheduler}'.*ip_vs_{scheduler}"):
+        host.netns.run(host.kernel.probe, scheduler)
+    assert host.servers() == [left_by_a_kube_proxy_that_was_killed]
 
 
 def test_one_family_only(netns: Namespace) -> None:

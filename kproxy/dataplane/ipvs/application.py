@@ -3,7 +3,7 @@
 IPVS, interfaces, ipsets and iptables know no common transaction. So no step relies on a later one: sets and rules,
 addresses, virtual servers, real servers come in this order and go in the other, and each step may be repeated. Nothing
 goes before all that comes is there; so rules of iptables mode serve until virtual servers can. Where the kernel refuses
-something that comes, the rest is taken back.
+something for good, the rest is taken back.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from kproxy.dataplane.base import ApplyError, Change, Key
@@ -30,6 +29,7 @@ from kproxy.dataplane.ipvs.entries import (
     RealServerKey,
     RuleKey,
     SetKey,
+    VirtualServer,
     VirtualServerKey,
 )
 from kproxy.dataplane.ipvs.ownership import Ownership
@@ -57,9 +57,22 @@ class Application:
         self._removed: defaultdict[type, list[Any]] = defaultdict(list)
         self._rules: defaultdict[Family, list[Change]] = defaultdict(list)
         self._old_rules: defaultdict[Family, list[Change]] = defaultdict(list)
+        self._taken_over: list[VirtualServerKey] = []
 
     def run(self, changes: Iterable[Change]) -> None:
-        """All steps. Raises ApplyError; if it is not transient and something was to be made, nothing is in force."""
+        """All steps. Raises ApplyError.
+
+        If that is not transient, nothing is in force: all is as before, but for connections of servers that went. Where
+        nothing was to be made, what could be removed has gone.
+        """
+        tried = self._carry_out(changes)
+        if self._faults and not self._transient and (self._rules or any(self._put.values())):
+            self._take_back(tried - set(self._culprits))
+        if self._faults:
+            raise ApplyError(self._text(), tuple(self._culprits), transient=self._transient)
+
+    def _carry_out(self, changes: Iterable[Change]) -> set[Key]:
+        """Make, and unless something of that is refused, remove. Returns what was tried."""
         for change in changes:
             self._changes[change.key] = change
             match change.key:
@@ -71,25 +84,16 @@ class Application:
                     self._put[type(key)][key] = change.new
         self._make()
         if self._faults:
-            if not self._transient:
-                self._take_back()
-        else:
-            self._remove()
-        if self._faults:
-            text = "; ".join(self._faults[:_TOLD])
-            if len(self._faults) > _TOLD:
-                text += f"; and {len(self._faults) - _TOLD} more"
-            raise ApplyError(text, tuple(self._culprits), transient=self._transient)
+            return {key for key, change in self._changes.items() if change.new is not None}
+        self._remove()
+        return set(self._changes)
 
-    def _take_back(self) -> None:
-        made = {key for of_kind in self._put.values() for key in of_kind}
-        made.update(change.key for of_family in self._rules.values() for change in of_family)
-        made.difference_update(self._culprits)
-        back = [Change(key, self._changes[key].new, self._changes[key].old) for key in made]
-        try:
-            Application(self._variant, self._servers, self._ownership, self._draining).run(back)
-        except ApplyError as error:
-            self._fault(f"what is in force already cannot be taken back: {error}", (), transient=True)
+    def _take_back(self, done: set[Key]) -> None:
+        way_back = Application(self._variant, self._servers, self._ownership, self._draining)
+        way_back._carry_out([Change(key, self._changes[key].new, self._changes[key].old) for key in done])
+        self._ownership.removed(self._taken_over)
+        if way_back._faults:
+            self._fault(f"what is in force already cannot be taken back: {way_back._text()}", (), transient=True)
             self._transient = True  # so that everything is compared
 
     # --- steps ---
@@ -105,13 +109,34 @@ class Application:
             with self._told():
                 device.make()
         self._step(device.bind, put[AddressKey])
-        # Another may be there: somebody else's, or one left on an address that the node did not have for a while.
-        known = {key for key in put[VirtualServerKey] if self._changes[key].old is not None or key in self._ownership}
-        refused = self._step(partial(self._servers.put, known=known), put[VirtualServerKey])
+        refused = self._step(self._put_virtual_servers, put[VirtualServerKey])
         self._ownership.wrote(put[VirtualServerKey].keys() - refused)
         real = {key: value for key, value in put[RealServerKey].items() if key.virtual_server not in refused}
         self._draining.end(real)  # what is wanted again must not be deleted, least of all if this fails
         self._step(self._servers.put, real)
+
+    def _put_virtual_servers(self, wanted: Mapping[Any, VirtualServer]) -> Mapping[Any, int]:
+        known = {key for key in wanted if self._changes[key].old is not None or key in self._ownership}
+        codes = self._servers.put(wanted, known=known)
+        if unknown := {key: wanted[key] for key, code in codes.items() if code == errno.EEXIST}:
+            self._take_over(unknown)
+            codes = {key: code for key, code in codes.items() if key not in unknown} | self._servers.put(unknown)
+        return codes
+
+    def _take_over(self, wanted: Mapping[Any, VirtualServer]) -> None:
+        """What is there already is to be changed, and what it has too many to be removed.
+
+        It is somebody else's, or was left on an address that the node did not have for a while.
+        """
+        present = {found.key: found.value for found in self._servers.virtual_servers()}
+        for key, value in wanted.items():
+            self._taken_over.append(key)
+            self._changes[key] = Change(key, present.get(key), value)
+            for found in self._servers.real_servers(key):
+                new = self._put[RealServerKey].get(found.key)
+                self._changes[found.key] = Change(found.key, found.value, new)
+                if new is None:
+                    self._removed[RealServerKey].append(found.key)
 
     def _remove(self) -> None:
         removed = self._removed
@@ -173,6 +198,10 @@ class Application:
             self._fault(str(error), error.culprits, transient=error.transient)
         except OSError as error:
             self._fault(str(error), (), transient=True)
+
+    def _text(self) -> str:
+        text = "; ".join(self._faults[:_TOLD])
+        return f"{text}; and {len(self._faults) - _TOLD} more" if len(self._faults) > _TOLD else text
 
     def _fault(self, text: str, culprits: tuple[Key, ...], *, transient: bool) -> None:
         self._faults.append(text)

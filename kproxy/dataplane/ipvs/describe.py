@@ -23,6 +23,7 @@ from kproxy.dataplane.ipvs.names import DEVICE
 from kproxy.model import join_host_port
 
 _FLAGS = {PERSISTENT: "persistent", MH_PORT: "mh-port"}
+_METHODS = {2: "tunnel", 3: "direct routing"}  # IP_VS_CONN_F_TUNNEL, IP_VS_CONN_F_DROUTE
 
 
 def describe(key: Key, value: Value) -> str:
@@ -33,9 +34,14 @@ def describe(key: Key, value: Value) -> str:
             if timeout:
                 chosen.append(f"timeout {timeout} s")
             return f"virtual server {key}: {', '.join(chosen)}"
-        case RealServerKey(), RealServer(weight):
+        case RealServerKey(), RealServer(weight, method, upper, lower):
             server = join_host_port(key.endpoint_address, key.endpoint_port)
-            return f"virtual server {key.virtual_server} to {server}: weight {weight}"
+            settings = [f"weight {weight}"]
+            if method:
+                settings.append(_METHODS.get(method, f"method {method}"))
+            if upper or lower:
+                settings.append(f"thresholds {lower} and {upper}")
+            return f"virtual server {key.virtual_server} to {server}: {', '.join(settings)}"
         case DeviceKey(name), _:
             return f"interface {name}"
         case AddressKey(_, address), _:

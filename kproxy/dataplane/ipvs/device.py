@@ -16,7 +16,7 @@ from kproxy.dataplane.ipvs.names import DEVICE
 from kproxy.model import Family
 from kproxy.netlink import NetlinkSocket, Request, attribute, attributes
 
-_TRIAL = "kube-ipvs-probe"
+_BROADCAST = "ff:ff:ff:ff:ff:ff"
 _NETLINK_ROUTE = 0
 _NEW, _DELETE, _GET = 20, 21, 22  # RTM_NEWADDR …
 _HEADER = struct.Struct("=BBBBI")  # ifaddrmsg: family, prefix length, flags, scope, interface
@@ -41,16 +41,16 @@ def make() -> None:
 
 
 def probe() -> None:
-    """Find out whether the kernel has such interfaces, leaving none behind. Raises UnsupportedError and OSError."""
+    """Find out whether the kernel has such interfaces, without making one. Raises UnsupportedError and OSError."""
     if index():
         return
     try:
-        _link("add", {"ifname": _TRIAL, "kind": "dummy"}, errno.EEXIST)
+        # They look at the hardware address before they come to be, and none can have that of everybody.
+        _link("add", {"ifname": DEVICE, "kind": "dummy", "address": _BROADCAST}, errno.EADDRNOTAVAIL)
     except OSError as error:
         if error.errno == errno.EOPNOTSUPP:
             raise UnsupportedError("ipvs mode: the kernel has no dummy interfaces; load the module dummy") from error
         raise
-    _link("del", {"ifname": _TRIAL}, errno.ENODEV)
 
 
 def remove() -> None:

@@ -6,6 +6,7 @@ rid of its connections goes after a time, and one that was left by an earlier pr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 from kproxy.dataplane.ipvs.entries import RealServerKey, VirtualServerKey
@@ -21,6 +22,7 @@ class Draining:
         self._seconds = seconds
         self._clock = clock
         self._deadlines: dict[RealServerKey, float] = {}
+        self._last_look = -math.inf
         self._next_look = 0.0
 
     def __contains__(self, key: RealServerKey) -> bool:
@@ -46,13 +48,17 @@ class Draining:
         self.end([key for key in self._deadlines if key.virtual_server in gone])
 
     def due(self) -> float | None:
-        """Seconds until somebody should look at their connections; None while there is none."""
+        """Seconds until somebody should look at their connections; None while there is none.
+
+        One whose time was up at the last look, but which is still there, waits for the next.
+        """
         if not self._deadlines:
             return None
-        return max(min(self._next_look, *self._deadlines.values()) - self._clock(), 0.0)
+        ahead = [deadline for deadline in self._deadlines.values() if deadline > self._last_look]
+        return max(min([self._next_look, *ahead]) - self._clock(), 0.0)
 
     def look(self) -> tuple[set[RealServerKey], set[RealServerKey]]:
         """Those that are waited for, and of them those for which that is over. The next look is due later."""
-        now = self._clock()
+        now = self._last_look = self._clock()
         self._next_look = now + LOOK_SECONDS
         return set(self._deadlines), {key for key, deadline in self._deadlines.items() if deadline <= now}

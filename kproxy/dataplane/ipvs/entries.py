@@ -62,9 +62,12 @@ class RealServerKey(NamedTuple):
 
 
 class RealServer(msgspec.Struct, frozen=True, gc=False):
-    """A real server's share of new connections; 0 where it only keeps those that it has."""
+    """A real server's share of new connections; 0 where it only keeps those that it has. Ours have nothing else."""
 
     weight: int
+    method: int = 0  # how it is reached: by masquerading (IP_VS_CONN_F_MASQ)
+    upper: int = 0  # connections with which it gets no more; 0: however many it has
+    lower: int = 0  # connections with which it gets some again; 0: three quarters of `upper`
 
 
 class DeviceKey(NamedTuple):

@@ -14,21 +14,19 @@ from kproxy.dataplane.ipvs import device, ipset, names, tables
 from kproxy.dataplane.ipvs.addresses import usable
 from kproxy.dataplane.ipvs.application import Application, connections_of
 from kproxy.dataplane.ipvs.drain import DRAIN_SECONDS, Draining
-from kproxy.dataplane.ipvs.entries import DeviceKey, RealServer, RealServerKey, VirtualServerKey
+from kproxy.dataplane.ipvs.entries import DeviceKey, RealServerKey, VirtualServerKey
 from kproxy.dataplane.ipvs.ownership import Ownership
 from kproxy.dataplane.ipvs.probe import Features, probe
 from kproxy.dataplane.ipvs.servers import FoundRealServer, Servers
 from kproxy.model import Family, Protocol
 from kproxy.node_addresses import local_addresses
 
-FOREIGN = RealServer(-1)  # what the kernel has is reached otherwise than by masquerading
-
 
 class IpvsKernel:
     """What is ours in the network namespace of the calling thread. Raises UnsupportedError and OSError.
 
-    `excluded`: CIDRs whose virtual servers are left alone, unless a Service has the address. `drain_seconds`: how long
-    a real server that is not wanted any more may keep its TCP connections; `clock` measures that.
+    `excluded`: CIDRs whose virtual servers are left alone, but those of Services. `drain_seconds`: how long a real
+    server that is not wanted any more may keep its TCP connections; `clock` measures that.
     Reading, writing and draining may be asked of different threads.
     """
 
@@ -59,7 +57,7 @@ class IpvsKernel:
         self._servers.close()
 
     def probe(self, scheduler: str) -> Features:
-        """Try all that the mode needs, without leaving a trace. Raises UnsupportedError and OSError."""
+        """Try all that the mode needs, without making anything. Raises UnsupportedError and OSError."""
         with self._lock:
             return probe(self._servers, self.variant, self.families, scheduler)
 
@@ -75,7 +73,7 @@ class IpvsKernel:
         """What the kernel holds of ours. Changes nothing. Raises OSError.
 
         A real server that has weight 0 and TCP connections is not there as far as this is concerned: it is draining, if
-        need be on behalf of a process that has ended.
+        need be on behalf of a process that has ended. One that was given weight again, by whomever, drains no longer.
         """
         with self._lock:
             entries: Entries = {DeviceKey(): EXISTS} if device.index() else {}
@@ -91,8 +89,10 @@ class IpvsKernel:
                 for server in self._servers.real_servers(key):
                     if _is_draining(server):
                         self._draining.begin(server.key)
+                    elif server.value.weight:
+                        self._draining.end([server.key])
                     if server.key not in self._draining:
-                        entries[server.key] = RealServer(server.weight) if server.masquerades else FOREIGN
+                        entries[server.key] = server.value
             return entries
 
     def connections(self) -> dict[VirtualServerKey | RealServerKey, int]:
@@ -139,4 +139,4 @@ class IpvsKernel:
 
 def _is_draining(server: FoundRealServer) -> bool:
     """Whether somebody has taken it out of service and its clients are not done yet."""
-    return server.key.protocol is Protocol.TCP and server.weight == 0 and server.connections > 0
+    return server.key.protocol is Protocol.TCP and server.value.weight == 0 and server.connections > 0

@@ -24,14 +24,16 @@ class Ownership:
     """Decides by what is noted in the kernel itself, so that a new process knows what an earlier one left.
 
     Ours is a virtual server
-    - that this process has written; or, unless its address is in an excluded CIDR,
-    - whose address is on kube-ipvs0, which only Services' addresses are;
-    - whose address and port are a member of one of our sets of such: an external IP that the node has itself;
+    - that this process has written;
+    - whose address and port are a member of one of our sets of such;
     - whose port is a member of our set of node ports, and whose address is one of the node's: the cluster gives this
-      port out, on every address of the node.
+      port out, on every address of the node;
+    - on any other port of an address on kube-ipvs0, which only Services' addresses are, unless it is in an excluded
+      CIDR.
 
-    Members are added before the servers that they stand for, and removed after them, so none is forgotten. A stranger's
-    virtual server is taken for ours only where a Service has the same address and port.
+    So a stranger's in an excluded CIDR is never touched, unless a Service has the same address and port. Members are
+    added before the servers that they stand for, and removed after them, so none is forgotten; but on an address that
+    the node lost meanwhile, a new process cannot tell a TCP or UDP node port's from a stranger's, and leaves it.
     """
 
     def __init__(self, excluded: Iterable[str]) -> None:
@@ -61,16 +63,15 @@ class Ownership:
 
     def _is_noted(self, key: VirtualServerKey, entries: Entries, local: Collection[str]) -> bool:
         family, address, protocol, port = key
-        if self._excluded and any(ip_address(address) in network for network in self._excluded):
-            return False
-        if AddressKey(family, address) in entries:
+        exact = [_key(name, family, Member(address, protocol, port)) for name in _WITH_ADDRESS]
+        if protocol in _PORTS and address in local:
+            exact.append(_key(names.NODE_PORT_SET[protocol], family, Member(port=port)))
+        if any(key in entries for key in exact):
             return True
-        member = Member(address, protocol, port)
-        if any(_key(name, family, member) in entries for name in _WITH_ADDRESS):
-            return True
-        if protocol not in _PORTS or address not in local:
-            return False
-        return _key(names.NODE_PORT_SET[protocol], family, Member(port=port)) in entries
+        return AddressKey(family, address) in entries and not self._is_excluded(address)
+
+    def _is_excluded(self, address: str) -> bool:
+        return any(ip_address(address) in network for network in self._excluded)
 
 
 def _key(name: str, family: Family, member: Member) -> MemberKey:

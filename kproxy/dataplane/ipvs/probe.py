@@ -1,4 +1,4 @@
-"""What ipvs mode needs of the machine, found by trying; nothing is left behind (reference: section 4.2.1)."""
+"""What ipvs mode needs of the machine, found by trying, without making anything (reference: section 4.2.1)."""
 
 from __future__ import annotations
 
@@ -28,13 +28,9 @@ from kproxy.dataplane.iptables.rule import (
     VirtualServerMatch,
 )
 from kproxy.dataplane.ipvs import device, ipset
-from kproxy.dataplane.ipvs.entries import VirtualServer, VirtualServerKey
 from kproxy.dataplane.ipvs.servers import Servers
-from kproxy.model import Family, Protocol
+from kproxy.model import Family
 
-_TRIAL = VirtualServerKey(
-    Family.IPv4, "198.51.100.0", Protocol.TCP, 20000
-)  # an address for documentation, as in kube-proxy
 _DOCUMENTED = {Family.IPv4: "192.0.2.1", Family.IPv6: "2001:db8::1"}
 
 
@@ -46,7 +42,11 @@ class Features(NamedTuple):
 
 def probe(servers: Servers, variant: Variant, families: Sequence[Family], scheduler: str) -> Features:
     """Try everything. Raises UnsupportedError that names what is missing, and OSError."""
-    _try_scheduler(servers, scheduler)
+    if not servers.has_scheduler(scheduler):
+        raise UnsupportedError(
+            f"ipvs mode: the kernel has no scheduler {scheduler!r}; load the module ip_vs_{scheduler},"
+            " or choose another in ipvs.scheduler"
+        )
     ipset.probe()
     device.probe()
     if absent := commands.missing(variant, families):
@@ -67,19 +67,6 @@ def have_modules_loaded(variant: Variant, families: Sequence[Family]) -> None:
     """
     if not Path("/proc/thread-self/net/ip_vs").exists():
         _fault(variant, families[0], _needed(families[0], random_fully=False))
-
-
-def _try_scheduler(servers: Servers, scheduler: str) -> None:
-    present = servers.virtual_servers()
-    if any(server.key == _TRIAL or server.value.scheduler == scheduler for server in present):
-        return
-    refused = servers.put({_TRIAL: VirtualServer(scheduler)})
-    servers.remove([_TRIAL])
-    if refused:
-        raise UnsupportedError(
-            f"ipvs mode: the kernel has no scheduler {scheduler!r}; load the module ip_vs_{scheduler},"
-            " or choose another in ipvs.scheduler"
-        )
 
 
 def _needed(family: Family, *, random_fully: bool) -> dict[Table, list[Rule]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import struct
 import subprocess
@@ -28,8 +29,10 @@ _PROTOCOL = {protocol.number: protocol for protocol in Protocol}
 _WHOLE_ADDRESS = {Family.IPv4: 0xFFFFFFFF, Family.IPv6: 128}  # netmask of a client that stays: a mask, a length
 _HASHED = 0x2  # IP_VS_SVC_F_HASHED, which the kernel sets by itself
 _ALL_FLAGS = 0xFFFFFFFF
-_MASQUERADE, _METHODS = 0, 0x7  # IP_VS_CONN_F_MASQ, IP_VS_CONN_F_FWD_MASK
+_MASQUERADING, _TUNNEL, _METHODS = 0, 2, 0x7  # IP_VS_CONN_F_MASQ, IP_VS_CONN_F_TUNNEL, IP_VS_CONN_F_FWD_MASK
 _GONE = frozenset((errno.ESRCH, errno.ENOENT))
+_NOWHERE = VirtualServerKey(Family.IPv6, "2001:db8::", Protocol.TCP, 20000)  # an address for documentation
+_LONGEST_SCHEDULER = 15  # characters of its name that the kernel takes
 
 # Attributes of real servers, and of virtual servers around them (IPVS_CMD_ATTR_*, IPVS_SVC_ATTR_*, IPVS_DEST_ATTR_*).
 _SERVICE, _DEST = 1, 2
@@ -39,7 +42,6 @@ _STATS, _DEST_FAMILY, _STATS64 = range(10, 13)
 _STATS_CONNECTIONS = 1
 _GENERIC_HEADER = struct.Struct("=BBH")  # command, version, reserved
 _SHORT, _NUMBER, _BIG_SHORT = struct.Struct("=H"), struct.Struct("=I"), struct.Struct("!H")
-_NO_THRESHOLDS = attribute(_UPPER, _NUMBER.pack(0)) + attribute(_LOWER, _NUMBER.pack(0))
 
 Key = VirtualServerKey | RealServerKey
 
@@ -56,8 +58,7 @@ class FoundRealServer(msgspec.Struct, frozen=True, gc=False):
     """A real server as the kernel has it."""
 
     key: RealServerKey
-    weight: int
-    masquerades: bool
+    value: RealServer
     connections: int  # that it has now; inactive ones, such as in TIME_WAIT, count
     total: int  # connections that it has had since it was made
 
@@ -114,6 +115,21 @@ class Servers:
             raise
         return [_real_server(of, payload) for payload in listed]
 
+    def has_scheduler(self, name: str) -> bool:
+        """Whether virtual servers can have a scheduler, whose module is loaded if need be. Makes none. Raises OSError.
+
+        It asks for a virtual server that there cannot be. The kernel looks for the scheduler before it comes to the
+        netmask. Where IPVS does not know IPv6 it looks for nothing; true then.
+        """
+        if len(name.encode()) > _LONGEST_SCHEDULER:
+            return False
+        impossible = _identity(_NOWHERE) + _settings(VirtualServer(name), netmask=0)
+        service = [("IPVS_CMD_ATTR_SERVICE", nested(impossible))]
+        (code,) = self._socket.acknowledged([self._request(ipvs.IPVS_CMD_NEW_SERVICE, service)])
+        if code not in (errno.ENOENT, errno.EINVAL, errno.EAFNOSUPPORT):
+            raise OSError(code, f"IPVS does not say whether it has the scheduler {name!r}: {os.strerror(code)}")
+        return code != errno.ENOENT
+
     # --- writing ---
 
     def put(
@@ -121,14 +137,11 @@ class Servers:
     ) -> dict[Key, int]:
         """Make servers, or make those that exist like this; their connections stay.
 
-        `known`: virtual servers of which it is known what they have; of another that exists, the real servers go. None:
-        all. Returns the errno of each that the kernel refused. Raises OSError.
+        `known`: those that may exist; another stays as it is if it does, refused with EEXIST. None: all may. Returns
+        the errno of each that was refused. Raises OSError.
         """
         codes = self._send({key: self._made(key, value, exists=False) for key, value in servers.items()})
-        existing = [key for key, code in codes.items() if code == errno.EEXIST]
-        for key in existing:
-            if known is not None and isinstance(key, VirtualServerKey) and key not in known:
-                self.remove(found.key for found in self.real_servers(key))
+        existing = [key for key, code in codes.items() if code == errno.EEXIST and (known is None or key in known)]
         codes |= self._send({key: self._made(key, servers[key], exists=True) for key in existing})
         return {key: code for key, code in codes.items() if code}
 
@@ -137,7 +150,7 @@ class Servers:
 
         Returns the errno of each that the kernel refused. Raises OSError.
         """
-        codes = self._send({key: self._made(key, RealServer(0), exists=True) for key in keys})
+        codes = self._send({key: self._made(key, RealServer(0, _method(key)), exists=True) for key in keys})
         return {key: code for key, code in codes.items() if code and code not in _GONE}
 
     def remove(self, keys: Iterable[Key]) -> dict[Key, int]:
@@ -170,17 +183,17 @@ class Servers:
             case VirtualServerKey(), VirtualServer():
                 return self._request(
                     ipvs.IPVS_CMD_SET_SERVICE if exists else ipvs.IPVS_CMD_NEW_SERVICE,
-                    [("IPVS_CMD_ATTR_SERVICE", nested(_identity(key) + _settings(key, value)))],
+                    [("IPVS_CMD_ATTR_SERVICE", nested(_identity(key) + _settings(value, _WHOLE_ADDRESS[key.family])))],
                 )
             case RealServerKey(), RealServer():
                 command = ipvs.IPVS_CMD_SET_DEST if exists else ipvs.IPVS_CMD_NEW_DEST
-                return Request(self._kind, _packed_real_server(command, key, value.weight))
+                return Request(self._kind, _packed_real_server(command, key, value))
             case _:
                 raise TypeError(f"{value!r} is no value of {key!r}")
 
     def _removed(self, key: Key) -> Request:
         if isinstance(key, RealServerKey):
-            return Request(self._kind, _packed_real_server(ipvs.IPVS_CMD_DEL_DEST, key, 0))
+            return Request(self._kind, _packed_real_server(ipvs.IPVS_CMD_DEL_DEST, key, RealServer(0)))
         return self._request(ipvs.IPVS_CMD_DEL_SERVICE, [("IPVS_CMD_ATTR_SERVICE", nested(_identity(key)))])
 
 
@@ -201,12 +214,12 @@ def _identity(key: VirtualServerKey) -> Attributes:
     ]
 
 
-def _settings(key: VirtualServerKey, value: VirtualServer) -> Attributes:
+def _settings(value: VirtualServer, netmask: int) -> Attributes:
     return [
         ("IPVS_SVC_ATTR_SCHED_NAME", value.scheduler),
         ("IPVS_SVC_ATTR_FLAGS", {"flags": value.flags, "mask": _ALL_FLAGS}),
         ("IPVS_SVC_ATTR_TIMEOUT", value.timeout),
-        ("IPVS_SVC_ATTR_NETMASK", _WHOLE_ADDRESS[key.family]),
+        ("IPVS_SVC_ATTR_NETMASK", netmask),
     ]
 
 
@@ -242,7 +255,12 @@ def _packed_service(key: VirtualServerKey) -> bytes:
     )
 
 
-def _packed_real_server(command: int, key: RealServerKey, weight: int) -> bytes:
+def _method(key: RealServerKey) -> int:
+    """How a real server is reached, as far as that does not matter: the kernel only tunnels to the other family."""
+    return _MASQUERADING if Family.of(key.endpoint_address) is key.family else _TUNNEL
+
+
+def _packed_real_server(command: int, key: RealServerKey, value: RealServer) -> bytes:
     number = _ADDRESS_FAMILY[Family.of(key.endpoint_address)]  # others' may be of the other family
     return (
         _GENERIC_HEADER.pack(command, ipvs.GENL_VERSION, 0)
@@ -252,9 +270,10 @@ def _packed_real_server(command: int, key: RealServerKey, weight: int) -> bytes:
             attribute(_DEST_FAMILY, _SHORT.pack(number)),
             attribute(_ADDRESS, socket.inet_pton(number, key.endpoint_address)),
             attribute(_PORT, _BIG_SHORT.pack(key.endpoint_port)),
-            attribute(_FORWARDING, _NUMBER.pack(_MASQUERADE)),
-            attribute(_WEIGHT, _NUMBER.pack(weight)),
-            _NO_THRESHOLDS,
+            attribute(_FORWARDING, _NUMBER.pack(value.method)),
+            attribute(_WEIGHT, _NUMBER.pack(value.weight)),
+            attribute(_UPPER, _NUMBER.pack(value.upper)),
+            attribute(_LOWER, _NUMBER.pack(value.lower)),
         )
     )
 
@@ -271,8 +290,12 @@ def _real_server(of: VirtualServerKey, payload: bytes) -> FoundRealServer:
     statistics = attributes(fields.get(_STATS64) or fields[_STATS])  # the longer ones since Linux 4.1
     return FoundRealServer(
         RealServerKey(*of, address, port),
-        _number(fields, _WEIGHT),
-        _number(fields, _FORWARDING) & _METHODS == _MASQUERADE,
+        RealServer(
+            _number(fields, _WEIGHT),
+            _number(fields, _FORWARDING) & _METHODS,
+            _number(fields, _UPPER),
+            _number(fields, _LOWER),
+        ),
         connections,
         int.from_bytes(statistics[_STATS_CONNECTIONS], sys.byteorder),
     )
