@@ -84,13 +84,15 @@ def test_finding_out_changes_nothing_and_says_what_there_is(host: Host) -> None:
 
 
 @pytest.mark.ipvs
-def test_excluded_virtual_servers_stay(host: Host) -> None:
-    host.bring_to(entries(route(V4, 1, 1)))
-    left = host.netns.run(cleanup.servers_left, BOTH, ["10.96.0.0/12"])
+def test_others_virtual_servers_in_an_excluded_range_stay(host: Host) -> None:
+    stranger = "-A -t 10.96.0.1:81 -s rr"
+    host.bring_to(entries(route(V4, 1, 1, node_port=30001)))
+    host.command("ipvsadm", "-R", stdin=f"{stranger}\n")
+    left = host.netns.run(cleanup.servers_left, BOTH, ["10.96.0.0/12", "192.168.0.0/24"])
     rules = host.netns.run(cleanup.rules_left, Variant.LEGACY, BOTH)
     host.netns.run(cleanup.remove_rules, Variant.LEGACY, rules)
     host.netns.run(cleanup.remove_servers, left)
-    assert "-A -t 10.96.0.1:80 -s rr" in host.servers()
+    assert host.servers() == [stranger]
 
 
 @pytest.mark.ipvs
