@@ -69,7 +69,8 @@ def sync_once(invocation: Invocation) -> int:
     for observer in (Logged(), cleaned):
         observer.sync_done(report, seconds)
     cleaned.clean_now()
-    Succession(parts.families, parts.mode, excluded=parts.configuration.ipvs.exclude_cidrs).remove_now()
+    if Succession(parts.families, parts.mode, excluded=parts.configuration.ipvs.exclude_cidrs).remove_now():
+        log.warning("what stays of ipvs mode goes when kproxy starts again, or with --cleanup")
     return 1 if parts.reconciler.quarantine else 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from kproxy.dataplane.iptables.kernel import IptablesKernel
 from kproxy.dataplane.iptables.variant import contents, legacy_tables
 from kproxy.dataplane.ipvs import cleanup as ipvs_cleanup
 from kproxy.dataplane.ipvs import describe as ipvs_describe
+from kproxy.dataplane.ipvs import device
 from kproxy.dataplane.ipvs.entries import VirtualServerKey
 from kproxy.dataplane.ipvs.jumps import CHAINS, JUMPS, OWN
 from kproxy.dataplane.nftables import describe as nftables_describe
@@ -37,12 +38,13 @@ LAST_LOOK_SECONDS = 3600.0
 
 
 class Remains(NamedTuple):
-    """What there is of one mode."""
+    """What there is of one mode in one place."""
 
     owner: str
     changes: Sequence[Change]
     describe: Callable[[Key, Value], str]
-    remove: Callable[[], None]  # raises ApplyError
+    remove: Callable[[], None]  # makes the changes; raises ApplyError
+    staying: Sequence[Change] = ()  # what is not to go yet
 
 
 def places(
@@ -50,15 +52,17 @@ def places(
 ) -> Iterator[Callable[[], Remains | None]]:
     """A function for each place where a mode other than `but` may have left something; None if it has not.
 
-    They change nothing, and raise UnsupportedError and OSError. `excluded`: CIDRs whose virtual servers are left alone.
-    `patient`: virtual servers that have connections stay, and get no new ones.
+    They change nothing, and raise UnsupportedError and OSError. A place is to be looked at when what was found in those
+    before it has been removed. `excluded`: CIDRs whose virtual servers are left alone. `patient`: virtual servers that
+    have connections stay, without new ones, and so does what keeps the rest of the node from being reached by them.
     """
     if but is not ProxyMode.NFTABLES:
         yield _nftables
     if but is not ProxyMode.IPVS:
-        for variant in Variant:
-            yield partial(_ipvs_rules, variant, families)
         yield partial(_ipvs_servers, families, excluded, patient)
+        for variant in Variant:
+            yield partial(_ipvs_rules, variant, families, patient)
+        yield partial(_ipvs_sets, families, patient)
     if but is not ProxyMode.IPTABLES:
         yield partial(_localhost, families)  # first, while the rule is there that guards it
         for variant in Variant:
@@ -76,25 +80,39 @@ def _nftables() -> Remains | None:
     return Remains("nftables mode", changes, nftables_describe.describe, remove) if changes else None
 
 
-def _ipvs_rules(variant: Variant, families: Sequence[Family]) -> Remains | None:
-    changes = ipvs_cleanup.rules_left(variant, families)
-    remove = partial(ipvs_cleanup.remove_rules, variant, changes)
-    owner = f"ipvs mode, iptables' {variant} variant"
-    return Remains(owner, changes, ipvs_describe.describe, remove) if changes else None
-
-
 def _ipvs_servers(families: Sequence[Family], excluded: Sequence[str], patient: bool) -> Remains | None:
-    changes = ipvs_cleanup.servers_left(families, excluded)
+    found = ipvs_cleanup.servers_left(families, excluded)
+    busy = ipvs_cleanup.busy(found) if patient else set()
+    changes, staying = _parted(found, lambda c: c.key in busy or (bool(busy) and ipvs_cleanup.is_needed(c)))
+    remove = partial(ipvs_cleanup.remove_servers, changes, busy)
+    return Remains("ipvs mode", changes, ipvs_describe.describe, remove, staying) if found else None
 
-    def remove() -> None:
-        going = changes
-        if patient and (busy := ipvs_cleanup.quiesce(changes)):
-            log.info("virtual servers of ipvs mode stay while they have connections", servers=len(busy))
-            # The device has their addresses, and sets tell which are node ports of ours.
-            going = [c for c in changes if isinstance(c.key, VirtualServerKey) and c.key not in busy]
-        ipvs_cleanup.remove_servers(going)
 
-    return Remains("ipvs mode", changes, ipvs_describe.describe, remove) if changes else None
+def _ipvs_rules(variant: Variant, families: Sequence[Family], patient: bool) -> Remains | None:
+    found = ipvs_cleanup.rules_left(variant, families)
+    draining = patient and device.index()
+    changes, staying = _parted(found, lambda c: draining and ipvs_cleanup.is_needed(c))
+    remove = partial(ipvs_cleanup.remove_rules, variant, changes)
+    guards_only = all(map(ipvs_cleanup.is_needed, found))  # then it counts with the device, for who waits for the rules
+    owner = "ipvs mode" if guards_only else f"ipvs mode, iptables' {variant} variant"
+    return Remains(owner, changes, ipvs_describe.describe, remove, staying) if found else None
+
+
+def _ipvs_sets(families: Sequence[Family], patient: bool) -> Remains | None:
+    found = ipvs_cleanup.sets_left(families)
+    draining = patient and device.index()
+    changes, staying = _parted(found, lambda c: draining and ipvs_cleanup.is_needed(c))
+    remove = partial(ipvs_cleanup.remove_sets, changes)
+    return Remains("ipvs mode", changes, ipvs_describe.describe, remove, staying) if found else None
+
+
+def _parted(found: Iterable[Change], stays: Callable[[Change], object]) -> tuple[list[Change], list[Change]]:
+    """What goes, and what stays."""
+    changes: list[Change] = []
+    staying: list[Change] = []
+    for change in found:
+        (staying if stays(change) else changes).append(change)
+    return changes, staying
 
 
 def _localhost(families: Sequence[Family]) -> Remains | None:
@@ -137,7 +155,9 @@ def _iptables(variant: Variant, families: Sequence[Family]) -> Remains | None:
 
 
 def _families_of_ipvs(variant: Variant, families: Sequence[Family]) -> list[Family]:
-    held = {family for family, *where in contents(variant, families).chains if tuple(where) in OWN}
+    # What guards the device may be all that is left of it.
+    own = OWN - {ipvs_cleanup.GUARD}
+    held = {family for family, *where in contents(variant, families).chains if tuple(where) in own}
     return [family for family in families if family in held]
 
 
@@ -207,15 +227,26 @@ class Succession(Observer):
             self.remove_now(patient=time.monotonic() < drained)
             pause = min(2 * pause, LAST_LOOK_SECONDS)
 
-    def remove_now(self, *, patient: bool = True) -> None:
-        """Remove what is there, in the calling thread. What cannot be removed is told."""
+    def remove_now(self, *, patient: bool = True) -> bool:
+        """Remove what is there, in the calling thread. What cannot be removed is told.
+
+        Returns whether something stays for connections through ipvs mode, which is told, too.
+        """
+        busy = 0
         for place in places(self._families, but=self._mode, excluded=self._excluded, patient=patient):
             try:
                 found = place()
                 if found:
                     found.remove()
-                    log.info("removed what another mode left", mode=found.owner, entries=len(found.changes))
+                    busy += sum(isinstance(change.key, VirtualServerKey) for change in found.staying)
+                    if found.changes:
+                        log.info("removed what another mode left", mode=found.owner, entries=len(found.changes))
             except (ApplyError, UnsupportedError, OSError, ValueError) as error:
                 if str(error) not in self._told:
                     self._told.add(str(error))
                     log.warning("what another mode left stays for now", error=str(error))
+        if busy:
+            log.info(
+                "virtual servers of ipvs mode stay while they have connections, and what guards them", servers=busy
+            )
+        return busy > 0

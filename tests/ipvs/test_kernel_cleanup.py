@@ -29,16 +29,18 @@ def host(netns: Namespace) -> Iterator[Host]:
 
 
 def clean_up(host: Host) -> None:
+    host.netns.run(cleanup.remove_servers, host.netns.run(cleanup.servers_left, BOTH))
     for variant in Variant:
         rules = host.netns.run(cleanup.rules_left, variant, BOTH)
         host.netns.run(cleanup.remove_rules, variant, rules)
-    host.netns.run(cleanup.remove_servers, host.netns.run(cleanup.servers_left, BOTH))
+    host.netns.run(cleanup.remove_sets, host.netns.run(cleanup.sets_left, BOTH))
 
 
 def test_a_machine_without_anything_of_ours(netns: Namespace) -> None:
     for variant in Variant:
         assert netns.run(cleanup.rules_left, variant, BOTH) == []
     assert netns.run(cleanup.servers_left, BOTH) == []
+    assert netns.run(cleanup.sets_left, BOTH) == []
 
 
 def test_looking_where_there_is_nothing_does_not_load_pyroute2(netns: Namespace) -> None:
@@ -73,8 +75,9 @@ def test_finding_out_changes_nothing_and_says_what_there_is(host: Host) -> None:
     wanted = entries(route(V4, 1, 1, node_port=30001))
     host.bring_to(wanted)
     rules = host.netns.run(cleanup.rules_left, Variant.LEGACY, BOTH)
-    others = host.netns.run(cleanup.servers_left, BOTH)
-    texts = [describe(change.key, change.old) for change in (*rules, *others)]
+    servers = host.netns.run(cleanup.servers_left, BOTH)
+    sets = host.netns.run(cleanup.sets_left, BOTH)
+    texts = [describe(change.key, change.old) for change in (*servers, *rules, *sets)]
     assert "virtual server 10.96.0.1:80/TCP: rr" in texts
     assert "virtual server 192.168.0.10:30001/TCP: rr" in texts
     assert "interface kube-ipvs0" in texts

@@ -1,9 +1,15 @@
-"""From iptables mode to ipvs mode and back, under traffic: no new connection fails, nothing is left of the old mode."""
+"""From iptables mode to ipvs mode and back, under traffic: no new connection fails, nothing is left of the old mode.
+
+What stays of ipvs mode for its connections opens nothing else.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,6 +19,7 @@ from kproxy.dataplane.ipvs import jumps as ipvs_mode
 from tests.handover.connections import Traffic, Way
 from tests.lab.cluster import Cluster, Node
 from tests.lab.cluster_objects import port, service
+from tests.lab.host import Host
 from tests.lab.proxy_process import ProxyProcess
 from tests.lab.waiting import eventually
 
@@ -20,11 +27,15 @@ pytestmark = pytest.mark.ipvs
 
 WEB = "10.96.0.10", "fd00:96::10"
 NODE_PORT = 30080
+IDLE = "10.96.0.12"  # nobody is connected to it for long
+CLOSED = 81  # a port of the first one without endpoints
+KUBELET = 10250
 LASTING = 3
 CONNECTIONS = 5
 EVERY = 0.2  # seconds: the proxies shall get some of User-Mode Linux's one processor
 SECONDS = 60.0  # for what takes some; User-Mode Linux is slow
 ROUTE_LOCALNET = "net/ipv4/conf/all/route_localnet"
+GUARD = "KUBE-IPVS-FILTER"
 COUNTERS = re.compile(r" \[\d+:\d+\]|^#.*\n", re.MULTILINE)
 
 
@@ -35,8 +46,17 @@ def cluster() -> Iterator[Cluster]:
         for number, node in enumerate(made.nodes):
             made.run_pod(f"web-{number}", node, {"app": "web"})
         made.apply(
-            service("web", *WEB, type="NodePort", ports=[port(80, node_port=NODE_PORT)]),
+            service(
+                "web",
+                *WEB,
+                type="NodePort",
+                ports=[
+                    port(80, node_port=NODE_PORT, name="http"),
+                    port(CLOSED, target="none", node_port=30081, name="closed"),
+                ],
+            ),
             service("empty", "10.96.0.11"),
+            service("idle", IDLE, app="web"),
         )
         yield made
 
@@ -69,15 +89,35 @@ def chains(node: Node) -> set[str]:
     return set(re.findall(r"^:(KUBE-\S+)", rules(node), re.MULTILINE)) - {"KUBE-FIREWALL"}
 
 
-def are_rules_of_ipvs_mode_gone(node: Node) -> bool:
-    return not {chain for _, chain in ipvs_mode.OWN} & chains(node)
-
-
 def is_all_of_iptables_mode_gone(node: Node) -> bool:
     return chains(node) == {chain for _, chain in ipvs_mode.CHAINS}
 
 
-def test_iptables_to_ipvs_and_back(cluster: Cluster, node: Node, tmp_path: Path) -> None:
+@pytest.fixture
+def listening(node: Node) -> Iterator[list[int]]:
+    """Ports on which something listens, on all of the node's addresses."""
+    with ExitStack() as closing:
+        for number in (KUBELET, CLOSED):
+            listener = node.namespace.run(
+                socket.create_server, ("::", number), family=socket.AF_INET6, dualstack_ipv6=True
+            )
+            closing.enter_context(listener)
+        yield [KUBELET, CLOSED]
+
+
+def reached(client: Host, addresses: Iterable[str], ports: Iterable[int]) -> list[tuple[str, int]]:
+    """Where the client gets a connection."""
+    found = []
+    for address, number in product(addresses, ports):
+        try:
+            client.connect(address, number, timeout=1).close()
+        except OSError:
+            continue
+        found.append((address, number))
+    return found
+
+
+def test_iptables_to_ipvs_and_back(cluster: Cluster, node: Node, listening: list[int], tmp_path: Path) -> None:
     start(cluster, node, ProxyMode.IPTABLES, tmp_path)
     at_first = rules(node)
     ways = [Way(node, WEB[0], 80), Way(node, WEB[1], 80), Way(cluster.client, node.ipv4, NODE_PORT)]
@@ -96,15 +136,19 @@ def test_iptables_to_ipvs_and_back(cluster: Cluster, node: Node, tmp_path: Path)
 
     with Traffic(ways, LASTING, every=EVERY) as back:
         back.more(CONNECTIONS)
-        start(cluster, node, ProxyMode.IPTABLES, tmp_path)
-        eventually(lambda: are_rules_of_ipvs_mode_gone(node), "the rules of ipvs mode are gone", seconds=SECONDS)
+        node.proxy.stop()
+        done = cluster.kproxy(node, "--proxy-mode=iptables", "--once")
+        back.more(CONNECTIONS)
+        # What is connected through IPVS still needs virtual servers, but nobody gets to them any more.
+        assert not re.search("-w [1-9]", node.exec("ipvsadm", "-Sn"))
+        assert "virtual servers of ipvs mode stay while they have connections" in done.stdout + done.stderr
+        assert sorted(line for line in rules(node).splitlines() if GUARD not in line) == sorted(at_first.splitlines())
+        pod = cluster.pods[0]
+        assert reached(pod, [node.ipv4], listening)
+        assert reached(pod, [*WEB, IDLE], listening) == []
         back.more(CONNECTIONS)
     assert back.failures == []
-    assert sorted(rules(node).splitlines()) == sorted(at_first.splitlines())
-    # What is connected through IPVS still needs virtual servers, but nobody gets to them any more.
-    assert not re.search("-w [1-9]", node.exec("ipvsadm", "-Sn"))
 
-    node.proxy.stop()
     assert cluster.kproxy(node, "--cleanup").returncode == 0
     assert chains(node) == set()
     assert node.exec("ipvsadm", "-Sn") + node.exec("ipset", "list", "-n") == ""

@@ -1,15 +1,20 @@
 """What a kube-proxy or kproxy in ipvs mode left (reference: section 4.2.6).
 
-Rules, in both variants of iptables, and the rest. Rules go first: a set cannot be destroyed while one names it. Unlike
+To be removed in this order: virtual servers and the device with its addresses; the rules, in both variants of iptables;
+the sets, which cannot go while a rule names them. So the rule that refuses other ports outlasts the addresses. Unlike
 kube-proxy's, this leaves others' virtual servers alone, and takes away the IPv6 sets, too. Some chains are those of
 iptables mode as well, under the same names: while that is in place they stay, without what came from ipvs mode.
+
+Where connections shall last, their virtual servers stay, and the device with the addresses of these. While it is there,
+so is what guards it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from kproxy.dataplane.base import ApplyError, Change, Entries, Key, UnsupportedError, Value, diff
 from kproxy.dataplane.iptables import commands
@@ -22,12 +27,22 @@ from kproxy.dataplane.iptables.names import Table
 from kproxy.dataplane.iptables.refusal import RefusedError
 from kproxy.dataplane.iptables.rule import Jump, OpaqueRule, Rule, SetMatch
 from kproxy.dataplane.iptables.variant import contents
-from kproxy.dataplane.ipvs import device, ipset, tables
+from kproxy.dataplane.ipvs import device, ipset, names, tables
 from kproxy.dataplane.ipvs.addresses import usable
 from kproxy.dataplane.ipvs.describe import describe
-from kproxy.dataplane.ipvs.entries import STRAY, DeviceKey, RealServerKey, RuleKey, SetKey, SetType, VirtualServerKey
+from kproxy.dataplane.ipvs.entries import (
+    STRAY,
+    AddressKey,
+    DeviceKey,
+    Member,
+    MemberKey,
+    RealServer,
+    RuleKey,
+    SetKey,
+    SetType,
+    VirtualServerKey,
+)
 from kproxy.dataplane.ipvs.jumps import CHAINS, JUMPS
-from kproxy.dataplane.ipvs.names import DEVICE
 from kproxy.dataplane.ipvs.ownership import Ownership
 from kproxy.model import Family, Protocol
 from kproxy.node_addresses import local_addresses
@@ -35,6 +50,11 @@ from kproxy.node_addresses import local_addresses
 _SHARED = frozenset(where for where in CHAINS if where in iptables_mode.DISPATCH or where in iptables_mode.FIXED)
 _OWN = frozenset(CHAINS) - _SHARED
 _OF_IPTABLES_MODE = ("nat", iptables_names.NODE_PORTS)  # a chain that ipvs mode never has
+
+GUARD: tuple[Table, str] = ("filter", names.IPVS_FILTER)  # refuses ports of the device's addresses that no Service has
+# Sets of what the guard lets pass; and all that it names.
+_SERVED = (names.LOAD_BALANCER_SET, names.CLUSTER_IP_SET, names.EXTERNAL_IP_SET, names.EXTERNAL_IP_LOCAL_SET)
+_NAMED = (*_SERVED, names.HEALTH_CHECK_SET, names.ADDRESSES_SET)
 
 
 def rules_left(variant: Variant, families: Sequence[Family]) -> list[Change]:
@@ -71,25 +91,32 @@ def remove_rules(variant: Variant, changes: Iterable[Change]) -> None:
 
 
 def servers_left(families: Sequence[Family], excluded: Iterable[str] = ()) -> list[Change]:
-    """Virtual servers, the device and sets to remove. Changes nothing, loads no module. Raises OSError.
+    """Virtual servers and the device to remove. Changes nothing, loads no module. Raises OSError.
 
-    Real servers, addresses and members go with them. `excluded`: CIDRs whose virtual servers stay.
+    Real servers and addresses go with them. `excluded`: CIDRs whose virtual servers stay.
     """
-    sets = ipset.read(families) if Path("/sys/module/ip_set").exists() else {}
-    noted = sets | dict.fromkeys(device.addresses(), EXISTS)
+    noted = _sets(families) | dict.fromkeys(device.addresses(), EXISTS)
     found: dict[Key, Value] = {}
     if noted and Path("/proc/thread-self/net/ip_vs").exists():
         found |= _virtual_servers(families, noted, Ownership(excluded))
     if device.index():
         found[DeviceKey()] = EXISTS
-    found |= {key: value for key, value in sets.items() if isinstance(value, SetType)}
     return diff({}, found)
+
+
+def sets_left(families: Sequence[Family]) -> list[Change]:
+    """Sets to remove; their members go with them. Changes nothing, loads no module. Raises OSError."""
+    return diff({}, {key: value for key, value in _sets(families).items() if isinstance(value, SetType)})
+
+
+def _sets(families: Iterable[Family]) -> Entries:
+    return ipset.read(families) if Path("/sys/module/ip_set").exists() else {}
 
 
 def _virtual_servers(families: Sequence[Family], noted: Entries, ownership: Ownership) -> dict[Key, Value]:
     from kproxy.dataplane.ipvs.servers import Servers  # with pyroute2, which machines without ipvs mode need not load
 
-    known = local_addresses(DEVICE)
+    known = local_addresses(names.DEVICE)
     local = {address for family in families for address in usable(known, family)}
     with Servers() as servers:
         present = {server.key: server.value for server in servers.virtual_servers()}
@@ -97,49 +124,108 @@ def _virtual_servers(families: Sequence[Family], noted: Entries, ownership: Owne
     return {key: present[key] for key in ownership.ours(candidates, noted, local)}
 
 
-def quiesce(changes: Iterable[Change]) -> set[VirtualServerKey]:
-    """Of the virtual servers to remove, those with TCP connections; these get no new ones. Raises ApplyError."""
+def busy(changes: Iterable[Change]) -> set[VirtualServerKey]:
+    """Of the virtual servers to remove, those with TCP connections. Raises UnsupportedError and OSError."""
+    candidates = [change.key for change in changes if isinstance(change.key, VirtualServerKey)]
+    if not candidates:
+        return set()
     from kproxy.dataplane.ipvs.servers import Servers
 
-    busy: set[VirtualServerKey] = set()
-    try:
-        with Servers() as servers:
-            for change in changes:
-                if isinstance(change.key, VirtualServerKey) and change.key.protocol is Protocol.TCP:
-                    in_use = [real.key for real in servers.real_servers(change.key) if real.connections]
-                    if in_use:
-                        busy.add(change.key)
-                        servers.quiesce(in_use)
-    except (OSError, UnsupportedError) as error:
-        raise ApplyError(str(error), transient=True) from error
-    return busy
+    with Servers() as servers:
+        return {
+            key
+            for key in candidates
+            if key.protocol is Protocol.TCP and any(real.connections for real in servers.real_servers(key))
+        }
 
 
-def remove_servers(changes: Sequence[Change]) -> None:
-    """Remove what `servers_left` found, as far as possible. Raises ApplyError."""
-    virtual_servers = [change.key for change in changes if isinstance(change.key, VirtualServerKey)]
-    sets = [change.key for change in changes if isinstance(change.key, SetKey)]
-    values = {change.key: change.old for change in changes}
+def is_needed(change: Change) -> bool:
+    """Whether an entry is needed while virtual servers are busy: the device, its guard, what tells which are ours."""
+    match change.key:
+        case DeviceKey():
+            return True
+        case ChainKey(_, table, chain) | RuleKey(_, table, chain):
+            return (table, chain) == GUARD
+        case JumpKey():
+            return isinstance(change.old, Rule) and change.old.target == Jump(names.IPVS_FILTER)
+        case SetKey(name):
+            # The last one tells which virtual servers on the node's own addresses are ours.
+            return name in _in_kernel(*_NAMED, names.NODE_PORT_SET[Protocol.TCP])
+        case _:
+            return False
+
+
+def remove_servers(changes: Iterable[Change], staying: Collection[VirtualServerKey] = ()) -> None:
+    """Remove what `servers_left` found, as far as possible. Raises ApplyError.
+
+    `staying`: busy virtual servers. They get no new connections, and keep those that they have, with their addresses.
+    """
+    going = {change.key: change.old for change in changes if isinstance(change.key, VirtualServerKey)}
+    failed: dict[Key, str] = {}
     try:
-        failed: dict[Key, str] = {}
-        if virtual_servers:
+        # Before the virtual servers: the rules still let their ports pass, and something else may listen there.
+        if staying:
+            failed |= _leave_only(staying)
+        else:
+            device.remove()
+        if going:
             from kproxy.dataplane.ipvs.servers import Servers
 
             with Servers() as servers:
-                failed |= _explained(servers.remove(virtual_servers))
-        if DeviceKey() in values:
-            device.remove()
-        if sets:
-            failed |= {key: ipset.explain(code) for key, code in ipset.destroy(sets).items()}
+                failed |= _refused(going, servers.remove(going))
     except (OSError, UnsupportedError) as error:
         raise ApplyError(str(error), transient=True) from error
     if failed:
-        text = "; ".join(f"{describe(key, values[key])}: {why}" for key, why in failed.items())
-        raise ApplyError(text, tuple(failed))
+        raise ApplyError("; ".join(failed.values()), tuple(failed))
 
 
-def _explained(codes: Mapping[VirtualServerKey | RealServerKey, int]) -> dict[Key, str]:
-    return {key: os.strerror(code) for key, code in codes.items()}
+def _leave_only(staying: Collection[VirtualServerKey]) -> dict[Key, str]:
+    """Leave no other address on the device, and no other port that the guard lets pass. Returns what was refused."""
+    from kproxy.dataplane.ipvs.servers import Servers
+
+    with Servers() as servers:
+        real = dict.fromkeys((real.key for key in staying for real in servers.real_servers(key)), RealServer(0))
+        failed = _refused(real, servers.quiesce(real))
+    needed = {AddressKey(key.family, key.address) for key in staying}
+    sets = _sets({key.family for key in staying})
+    shut = {key: EXISTS for key in sets if isinstance(key, MemberKey) and _lets_pass(key, needed, staying)}
+    failed |= _refused(shut, ipset.delete(shut), ipset.explain)
+    unused = dict.fromkeys(device.addresses() - needed, EXISTS)
+    failed |= _refused(unused, device.unbind(unused))
+    unguarded = {
+        MemberKey(names.set_name(names.ADDRESSES_SET, family), Member(address)): EXISTS for family, address in unused
+    }
+    return failed | _refused(unguarded, ipset.delete(unguarded), ipset.explain)
+
+
+def _lets_pass(key: MemberKey, needed: Collection[AddressKey], staying: Collection[VirtualServerKey]) -> bool:
+    """Whether it is for a member of a set that the guard lets a port pass which nobody serves any more."""
+    address, protocol, port, _ = key.member
+    if not protocol or key.set_name not in _in_kernel(*_SERVED):
+        return False
+    family = Family.of(address)
+    return AddressKey(family, address) in needed and VirtualServerKey(family, address, protocol, port) not in staying
+
+
+def _in_kernel(*sets: str) -> set[str]:
+    return {names.set_name(name, family) for name in sets for family in Family}
+
+
+def remove_sets(changes: Iterable[Change]) -> None:
+    """Remove what `sets_left` found, as far as possible. Raises ApplyError."""
+    values = {change.key: change.old for change in changes if isinstance(change.key, SetKey)}
+    try:
+        failed = _refused(values, ipset.destroy(values), ipset.explain)
+    except OSError as error:
+        raise ApplyError(str(error), transient=True) from error
+    if failed:
+        raise ApplyError("; ".join(failed.values()), tuple(failed))
+
+
+def _refused(
+    values: Mapping[Any, Value], codes: Mapping[Any, int], explain: Callable[[int], str] = os.strerror
+) -> dict[Key, str]:
+    return {key: f"{describe(key, values[key])}: {explain(code)}" for key, code in codes.items()}
 
 
 def _goes(key: Key, value: Value | None, in_use: set[Family]) -> bool:
