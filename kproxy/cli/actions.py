@@ -16,7 +16,6 @@ from kproxy.dataplane.base import ApplyError, UnsupportedError
 from kproxy.explain import Action, Node, Packet
 from kproxy.model import Family, Protocol, canonical_address
 from kproxy.modes.iptables import Iptables
-from kproxy.modes.ipvs import Ipvs
 from kproxy.modes.remains import Succession, places
 from kproxy.node_addresses import local_addresses, supported_families
 from kproxy.observers import Cleaned, Logged
@@ -53,6 +52,8 @@ def init_only(invocation: Invocation) -> None:
         case ProxyMode.IPTABLES:
             Iptables(invocation.configuration, supported_families(), writes=True).open_localhost()
         case ProxyMode.IPVS:
+            from kproxy.modes.ipvs import Ipvs  # with pyroute2: 22 MB that other modes do without
+
             Ipvs(invocation.configuration, invocation.settings, supported_families(), writes=True).close()
         case _:
             pass

@@ -25,7 +25,6 @@ from kproxy.facts import Facts
 from kproxy.model import Family, NodeFacts
 from kproxy.modes.base import Mode
 from kproxy.modes.iptables import Iptables
-from kproxy.modes.ipvs import Ipvs
 from kproxy.modes.nftables import Nftables
 from kproxy.modes.remains import in_place
 from kproxy.node_addresses import local_addresses, supported_families
@@ -70,6 +69,8 @@ def open_mode(invocation: Invocation, families: Sequence[Family], *, writes: boo
                 raise
             log.warning("nftables mode, the default, is not possible here; taking iptables mode", reason=str(error))
     if mode is ProxyMode.IPVS:
+        from kproxy.modes.ipvs import Ipvs  # with pyroute2: 22 MB that other modes do without
+
         return mode, Ipvs(invocation.configuration, invocation.settings, families, writes=writes)
     configuration = with_mode(invocation.configuration, ProxyMode.IPTABLES)
     return ProxyMode.IPTABLES, Iptables(configuration, families, writes=writes)
