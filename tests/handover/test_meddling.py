@@ -89,7 +89,7 @@ def edit_an_endpoint(stage: Stage) -> None:
 
 
 def delete_a_chain(stage: Stage) -> None:
-    """In one transaction: between two, kproxy would have mended the first already, and what refers to a chain keeps it."""
+    """In one transaction: between two, kproxy would mend the first, and a chain that is referred to stays."""
     jump = '-m comment --comment "kubernetes forwarding rules" -j KUBE-FORWARD'
     stage.restore(f"*filter\n-D FORWARD {jump}\n-F KUBE-FORWARD\n-X KUBE-FORWARD\nCOMMIT\n", "--noflush")
 

@@ -33,7 +33,9 @@ clientConnection:
   kubeconfig: /var/lib/kube-proxy/kubeconfig.conf
 conntrack:
   maxPerCore: 0
-"""
+iptables:
+  minSyncPeriod: 10s
+"""  # kproxy plays it, and would mend every second what differs from its configuration; kube-proxy does when it syncs
 KUBECONFIG = f"""\
 apiVersion: v1
 kind: Config
