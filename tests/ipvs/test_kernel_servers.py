@@ -11,7 +11,7 @@ from kproxy.cluster import ClusterState
 from kproxy.dataplane.base import ApplyError, Change, UnsupportedError, diff
 from kproxy.dataplane.ipvs.dataplane import IpvsDataplane
 from kproxy.dataplane.ipvs.describe import describe
-from kproxy.dataplane.ipvs.entries import RealServer, RealServerKey, SetKey, VirtualServer, VirtualServerKey
+from kproxy.dataplane.ipvs.entries import AddressKey, RealServer, RealServerKey, SetKey, VirtualServer, VirtualServerKey
 from kproxy.dataplane.ipvs.kernel import IpvsKernel
 from kproxy.dataplane.ipvs.options import Options
 from kproxy.model import Family, Protocol, ServiceName
@@ -312,6 +312,15 @@ def test_what_was_flushed_is_told_and_comes_back(host: Host) -> None:
     assert not caught.value.transient
     host.bring_to(after)
     assert diff(after, host.read()) == []
+
+
+def test_a_new_service_does_without_the_device_that_somebody_deleted(host: Host) -> None:
+    before, after = entries(route(V4, 1, 1)), entries(route(V4, 1, 1), route(V4, 2, 1))
+    host.bring_to(before)
+    host.command("ip", "link", "delete", "kube-ipvs0")
+    host.netns.run(host.kernel.apply, diff(after, before))
+    assert cluster_ip(V4, 2) in host.command("ip", "address", "show", "dev", "kube-ipvs0")
+    assert [change.key for change in diff(after, host.read())] == [AddressKey(V4, cluster_ip(V4, 1))]
 
 
 def test_changes_may_be_made_twice(host: Host) -> None:

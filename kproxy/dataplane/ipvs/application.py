@@ -105,7 +105,7 @@ class Application:
         # Who is in this set may come only from certain sources, so these have to be there before.
         self._step(ipset.add, sorted(put[MemberKey], key=_is_limit), ipset.explain)
         self._write_rules(self._rules)
-        if put[DeviceKey]:
+        if put[DeviceKey] or (put[AddressKey] and not device.index()):  # somebody may have deleted it meanwhile
             with self._told():
                 device.make()
         self._step(device.bind, put[AddressKey])
