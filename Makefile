@@ -8,7 +8,7 @@ IMAGE ?= kproxy:dev
 ENGINE ?= $(notdir $(firstword $(shell command -v docker || command -v podman) docker))
 VERSION ?= $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' kproxy/__init__.py)
 
-.PHONY: help setup demo test lint bench image clean
+.PHONY: help setup demo lint test coverage bench image clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,9 @@ lint: setup  ## ruff, mypy, the layers
 
 test: setup lint  ## everything that .ci/run checks
 	@$(AS_ROOT) .ci/tests $(VENV)/python $(ARGS)
+
+coverage: setup  ## all tests once more, with which lines of kproxy they run
+	@$(AS_ROOT) .ci/tests $(VENV)/python --cov --cov-report=term:skip-covered
 
 bench: setup  ## start, change, restart and memory at 100 to 30,000 services
 	@$(AS_ROOT) $(VENV)/python -m tests.bench $(ARGS)
