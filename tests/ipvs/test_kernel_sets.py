@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from pyroute2 import IPVS, IPVSDest, IPVSService
 
 from kproxy.dataplane.base import ApplyError, diff
 from kproxy.dataplane.iptables.entries import EXISTS
+from kproxy.dataplane.iptables.xtables_lock import lock_path, xtables_lock
 from kproxy.dataplane.ipvs.entries import (
     PERSISTENT,
     AddressKey,
@@ -35,6 +37,7 @@ from tests.ipvs.kernel_host import (
     virtual_server,
 )
 from tests.lab.namespaces import Namespace
+from tests.lab.waiting import eventually
 
 pytestmark = pytest.mark.ipvs
 
@@ -244,3 +247,18 @@ def test_a_real_server_of_no_virtual_server_is_refused(host: Host) -> None:
         assert servers.remove([lonely, virtual_server(1)]) == {}
         assert servers.quiesce([lonely]) == {}
     assert host.servers() == []
+
+
+def test_an_address_does_not_outlive_its_virtual_server(host: Host) -> None:
+    """Else what listens on the node would answer there, for as long as another program keeps the lock of iptables."""
+    host.bring_to(entries(elaborate(V4, 1)))
+    servers = host.netns.run(Servers)
+    client = host.netns.run(socket.socket, socket.AF_INET, socket.SOCK_STREAM)
+    listening = host.netns.run(socket.create_server, ("", 80))
+    with servers, client, listening, ThreadPoolExecutor(1) as another, xtables_lock(lock_path()):
+        client.settimeout(1)
+        change = another.submit(host.bring_to, entries())
+        eventually(lambda: not servers.virtual_servers(), "the virtual servers have gone")
+        with pytest.raises(TimeoutError):
+            client.connect((cluster_ip(V4, 1), 80))
+        assert not change.done()

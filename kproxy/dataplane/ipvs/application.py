@@ -1,9 +1,9 @@
 """Changes of ipvs mode, step after step.
 
 IPVS, interfaces, ipsets and iptables know no common transaction. So no step relies on a later one: sets and rules,
-addresses, virtual servers, real servers come in this order and go in the other, and each step may be repeated. Nothing
-goes before all that comes is there; so rules of iptables mode serve until virtual servers can. Where the kernel refuses
-something for good, the rest is taken back.
+addresses, virtual servers, real servers come in this order and go in the other, but that an address goes before its
+virtual servers. Each step may be repeated. Nothing goes before all that comes is there; so rules of iptables mode serve
+until virtual servers can. Where the kernel refuses something for good, the rest is taken back.
 """
 
 from __future__ import annotations
@@ -142,12 +142,13 @@ class Application:
         removed = self._removed
         gone = set(removed[VirtualServerKey])  # their real servers go with them
         self._retire([key for key in removed[RealServerKey] if key.virtual_server not in gone])
+        # Before the virtual servers: the rules still let their ports pass, and something else may listen there.
+        self._step(device.unbind, removed[AddressKey])
         gone -= self._step(self._servers.remove, gone).keys()
         self._ownership.removed(gone)
         self._draining.end_of(gone)
-        self._write_rules(self._old_rules)
         self._step(ipset.delete, sorted(removed[MemberKey], key=_is_limit, reverse=True), ipset.explain)
-        self._step(device.unbind, removed[AddressKey])
+        self._write_rules(self._old_rules)  # which may have to wait for a lock
         if removed[SetKey]:
             self._step(ipset.destroy, removed[SetKey], ipset.explain)
         if removed[DeviceKey]:
