@@ -63,6 +63,7 @@ class Iptables:
         )
         self.dataplane = IptablesDataplane(self.kernel, options)
         self._period = mode_settings(configuration, ProxyMode.IPTABLES).sync_period.seconds
+        self._sized: list[Observer] = []
         try:
             strangers = variant.contents(chosen.other, families).ours
         except UnsupportedError:  # which has been told
@@ -85,13 +86,15 @@ class Iptables:
 
     def large_families(self, state: ClusterState) -> Callable[[], frozenset[Family]]:
         """See `kproxy.modes.base.Mode`."""
-        return ClusterSize(state).large_families
+        size = ClusterSize(state)
+        self._sized.append(_Sized(size))
+        return size.large_families
 
     def observers(self, registry: CollectorRegistry) -> Sequence[Observer]:
         """See `kproxy.modes.base.Mode`."""
         if self._counters:
             _Accounting(registry, self._counters)
-        return [_Measured(self.kernel, IptablesMetrics(registry))]
+        return [*self._sized, _Measured(self.kernel, IptablesMetrics(registry))]
 
     def readings(self, state: ClusterState) -> Callable[[], Iterable[Reading]]:
         """See `kproxy.modes.base.Mode`."""
@@ -118,6 +121,18 @@ def _counters(*, make: bool) -> frozenset[str]:
     if make:
         return accounting.ensure_counters(_COUNTERS)
     return frozenset(_COUNTERS) if accounting.is_supported() else frozenset()
+
+
+class _Sized(Observer):
+    """Has the node's facts taken anew when the cluster has become large, or is no longer."""
+
+    def __init__(self, size: ClusterSize) -> None:
+        self._size = size
+        self._large: frozenset[Family] = frozenset()
+
+    def events_taken(self, state: ClusterState) -> None:
+        before, self._large = self._large, self._size.large_families()
+        state.facts_changed |= before != self._large
 
 
 class _Measured(Observer):
