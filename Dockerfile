@@ -44,6 +44,7 @@ RUN set -eu; \
     cp /etc/passwd /etc/group /etc/nsswitch.conf /system/etc/; \
     mkdir -p /system/etc/ssl/certs; \
     cp /etc/ssl/certs/ca-certificates.crt /system/etc/ssl/certs/; \
+    dpkg-query --status ca-certificates >/system/var/lib/dpkg/status.d/ca-certificates; \
     ldconfig -r /system; \
     python3 -m compileall -q -j 0 -s /system --invalidation-mode unchecked-hash /system/usr/lib/python3.11
 
