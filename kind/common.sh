@@ -99,7 +99,7 @@ check_mode() {
 
 check_cluster() {
     kubectl get nodes >"$work/nodes" 2>&1 ||
-        die "kubectl cannot reach a cluster with the current kubeconfig: $(cat "$work/nodes")"
+        die "kubectl cannot reach a cluster with the current kubeconfig: $(tail -n 1 "$work/nodes")"
 }
 
 # The name of the kind cluster that kubectl reaches; empty for any other.

@@ -1,4 +1,4 @@
-"""Above 1,000 endpoints kube-proxy leaves comments out of the rules of endpoints: a running kproxy follows, both ways."""
+"""Above 1,000 endpoints kube-proxy leaves comments out of their rules: a running kproxy follows, both ways."""
 
 from __future__ import annotations
 
