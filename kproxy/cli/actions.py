@@ -70,7 +70,13 @@ def sync_once(invocation: Invocation) -> int:
     for observer in (Logged(), cleaned):
         observer.sync_done(report, seconds)
     cleaned.clean_now()
-    if Succession(parts.families, parts.mode, excluded=parts.configuration.ipvs.exclude_cidrs).remove_now():
+    succession = Succession(
+        parts.families,
+        parts.mode,
+        excluded=parts.configuration.ipvs.exclude_cidrs,
+        masquerade_mark=parts.reconciler.facts.masquerade_mark,
+    )
+    if succession.remove_now():
         log.warning("what stays of ipvs mode goes when kproxy starts again, or with --cleanup")
     return 1 if parts.reconciler.quarantine else 0
 

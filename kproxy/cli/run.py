@@ -151,6 +151,7 @@ class _Running:
                 parts.mode,
                 excluded=self._configuration.ipvs.exclude_cidrs,
                 drain_seconds=self._invocation.settings.ipvs.drain_timeout.seconds,
+                masquerade_mark=1 << mode_settings(self._configuration, parts.mode).masquerade_bit,
             ),
             _Thrifty(),
         ]

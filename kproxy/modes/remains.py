@@ -12,7 +12,7 @@ import structlog
 
 from kproxy import sysctl
 from kproxy.config.v1alpha1 import ProxyMode
-from kproxy.dataplane.base import ApplyError, Change, Key, UnsupportedError, Value
+from kproxy.dataplane.base import ApplyError, Change, Key, UnsupportedError, Value, diff
 from kproxy.dataplane.iptables import cleanup, commands, localhost
 from kproxy.dataplane.iptables import describe as iptables_describe
 from kproxy.dataplane.iptables.commands import Variant
@@ -27,7 +27,7 @@ from kproxy.dataplane.ipvs.jumps import CHAINS, JUMPS, OWN
 from kproxy.dataplane.nftables import describe as nftables_describe
 from kproxy.dataplane.nftables.kernel import NftablesKernel
 from kproxy.dataplane.nftables.ruleset import TableKey
-from kproxy.model import Family
+from kproxy.model import Family, NodeFacts
 from kproxy.proxy import Observer
 from kproxy.reconcile import SyncReport
 
@@ -48,21 +48,27 @@ class Remains(NamedTuple):
 
 
 def places(
-    families: Sequence[Family], but: ProxyMode | None = None, *, excluded: Sequence[str] = (), patient: bool = False
+    families: Sequence[Family],
+    but: ProxyMode | None = None,
+    *,
+    excluded: Sequence[str] = (),
+    masquerade_mark: int | None = None,
 ) -> Iterator[Callable[[], Remains | None]]:
     """A function for each place where a mode other than `but` may have left something; None if it has not.
 
     They change nothing, and raise UnsupportedError and OSError. A place is to be looked at when what was found in those
-    before it has been removed. `excluded`: CIDRs whose virtual servers are left alone. `patient`: virtual servers that
-    have connections stay, without new ones, and so does what keeps the rest of the node from being reached by them.
+    before it has been removed. `excluded`: CIDRs whose virtual servers are left alone.
+
+    `masquerade_mark`: the packet mark by which the mode `but` masquerades. With it, virtual servers that have
+    connections stay, without new ones, and so does what keeps their addresses from doing harm. None: all goes.
     """
     if but is not ProxyMode.NFTABLES:
         yield _nftables
     if but is not ProxyMode.IPVS:
-        yield partial(_ipvs_servers, families, excluded, patient)
+        yield partial(_ipvs_servers, families, excluded, masquerade_mark is not None)
         for variant in Variant:
-            yield partial(_ipvs_rules, variant, families, patient)
-        yield partial(_ipvs_sets, families, patient)
+            yield partial(_ipvs_rules, variant, families, masquerade_mark)
+        yield partial(_ipvs_sets, families, masquerade_mark is not None)
     if but is not ProxyMode.IPTABLES:
         yield partial(_localhost, families)  # first, while the rule is there that guards it
         for variant in Variant:
@@ -88,11 +94,12 @@ def _ipvs_servers(families: Sequence[Family], excluded: Sequence[str], patient: 
     return Remains("ipvs mode", changes, ipvs_describe.describe, remove, staying) if found else None
 
 
-def _ipvs_rules(variant: Variant, families: Sequence[Family], patient: bool) -> Remains | None:
+def _ipvs_rules(variant: Variant, families: Sequence[Family], masquerade_mark: int | None) -> Remains | None:
     found = ipvs_cleanup.rules_left(variant, families)
-    draining = patient and device.index()
-    changes, staying = _parted(found, lambda c: draining and ipvs_cleanup.is_needed(c))
-    remove = partial(ipvs_cleanup.remove_rules, variant, changes)
+    needed = ipvs_cleanup.needed_rules(found, masquerade_mark) if masquerade_mark is not None and device.index() else {}
+    changes = diff(needed, {change.key: change.old for change in found})
+    staying = [change for change in found if change.key in needed]
+    remove = partial(ipvs_cleanup.write_rules, variant, changes)
     guards_only = all(map(ipvs_cleanup.is_needed, found))  # then it counts with the device, for who waits for the rules
     owner = "ipvs mode" if guards_only else f"ipvs mode, iptables' {variant} variant"
     return Remains(owner, changes, ipvs_describe.describe, remove, staying) if found else None
@@ -156,7 +163,7 @@ def _iptables(variant: Variant, families: Sequence[Family]) -> Remains | None:
 
 def _families_of_ipvs(variant: Variant, families: Sequence[Family]) -> list[Family]:
     # What guards the device may be all that is left of it.
-    own = OWN - {ipvs_cleanup.GUARD}
+    own = OWN - ipvs_cleanup.GUARDS
     held = {family for family, *where in contents(variant, families).chains if tuple(where) in own}
     return [family for family in families if family in held]
 
@@ -193,7 +200,7 @@ class Succession(Observer):
 
     It looks again now and then: a kube-proxy that still runs puts its rules back, and leaves them when it is removed.
     Connections through ipvs mode may last for `drain_seconds`, and until the look after that. `wait` is given the
-    seconds until the next look, and returns true when there shall be none. `excluded`: see `places`.
+    seconds until the next look, and returns true when there shall be none. `excluded`, `masquerade_mark`: see `places`.
     """
 
     def __init__(
@@ -203,12 +210,14 @@ class Succession(Observer):
         *,
         excluded: Sequence[str] = (),
         drain_seconds: float = 0.0,
+        masquerade_mark: int = NodeFacts().masquerade_mark,
         wait: Callable[[float], bool] | None = None,
     ) -> None:
         self._families = tuple(families)
         self._mode = mode
         self._excluded = excluded
         self._drain_seconds = drain_seconds
+        self._masquerade_mark = masquerade_mark
         self._wait = wait or threading.Event().wait  # for something that never happens
         self._begun = False
         self._told: set[str] = set()
@@ -233,7 +242,8 @@ class Succession(Observer):
         Returns whether something stays for connections through ipvs mode, which is told, too.
         """
         busy = 0
-        for place in places(self._families, but=self._mode, excluded=self._excluded, patient=patient):
+        mark = self._masquerade_mark if patient else None
+        for place in places(self._families, but=self._mode, excluded=self._excluded, masquerade_mark=mark):
             try:
                 found = place()
                 if found:

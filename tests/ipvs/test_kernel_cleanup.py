@@ -32,7 +32,7 @@ def clean_up(host: Host) -> None:
     host.netns.run(cleanup.remove_servers, host.netns.run(cleanup.servers_left, BOTH))
     for variant in Variant:
         rules = host.netns.run(cleanup.rules_left, variant, BOTH)
-        host.netns.run(cleanup.remove_rules, variant, rules)
+        host.netns.run(cleanup.write_rules, variant, rules)
     host.netns.run(cleanup.remove_sets, host.netns.run(cleanup.sets_left, BOTH))
 
 
@@ -93,7 +93,7 @@ def test_others_virtual_servers_in_an_excluded_range_stay(host: Host) -> None:
     host.command("ipvsadm", "-R", stdin=f"{stranger}\n")
     left = host.netns.run(cleanup.servers_left, BOTH, ["10.96.0.0/12", "192.168.0.0/24"])
     rules = host.netns.run(cleanup.rules_left, Variant.LEGACY, BOTH)
-    host.netns.run(cleanup.remove_rules, Variant.LEGACY, rules)
+    host.netns.run(cleanup.write_rules, Variant.LEGACY, rules)
     host.netns.run(cleanup.remove_servers, left)
     assert host.servers() == [stranger]
 

@@ -6,7 +6,7 @@ kube-proxy's, this leaves others' virtual servers alone, and takes away the IPv6
 iptables mode as well, under the same names: while that is in place they stay, without what came from ipvs mode.
 
 Where connections shall last, their virtual servers stay, and the device with the addresses of these. While it is there,
-so is what guards it.
+so is what guards it, and what the node itself connects to these addresses is masqueraded: it has them as its source.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kproxy.dataplane.iptables.commands import Variant
 from kproxy.dataplane.iptables.entries import EXISTS, ChainKey, JumpKey
 from kproxy.dataplane.iptables.names import Table
 from kproxy.dataplane.iptables.refusal import RefusedError
-from kproxy.dataplane.iptables.rule import Jump, OpaqueRule, Rule, SetMatch
+from kproxy.dataplane.iptables.rule import Conntrack, Jump, OpaqueRule, Rule, SetMark, SetMatch
 from kproxy.dataplane.iptables.variant import contents
 from kproxy.dataplane.ipvs import device, ipset, names, tables
 from kproxy.dataplane.ipvs.addresses import usable
@@ -51,8 +51,9 @@ _SHARED = frozenset(where for where in CHAINS if where in iptables_mode.DISPATCH
 _OWN = frozenset(CHAINS) - _SHARED
 _OF_IPTABLES_MODE = ("nat", iptables_names.NODE_PORTS)  # a chain that ipvs mode never has
 
-GUARD: tuple[Table, str] = ("filter", names.IPVS_FILTER)  # refuses ports of the device's addresses that no Service has
-# Sets of what the guard lets pass; and all that it names.
+# While the device is there: what refuses ports of its addresses that no Service has, and what masquerades.
+GUARDS: frozenset[tuple[Table, str]] = frozenset({("filter", names.IPVS_FILTER), ("filter", names.IPVS_OUT_FILTER)})
+# Sets of what the first one lets pass; and all that they name.
 _SERVED = (names.LOAD_BALANCER_SET, names.CLUSTER_IP_SET, names.EXTERNAL_IP_SET, names.EXTERNAL_IP_LOCAL_SET)
 _NAMED = (*_SERVED, names.HEALTH_CHECK_SET, names.ADDRESSES_SET)
 
@@ -72,8 +73,29 @@ def rules_left(variant: Variant, families: Sequence[Family]) -> list[Change]:
     return [change for change in diff({}, found) if _goes(change.key, change.old, in_use)]
 
 
-def remove_rules(variant: Variant, changes: Iterable[Change]) -> None:
-    """Remove what `rules_left` found. Raises ApplyError."""
+def needed_rules(found: Iterable[Change], mark: int) -> Entries:
+    """What is to stay of what `rules_left` found, or to come, while virtual servers are busy.
+
+    `mark`: the packet mark by which the mode that is in place now masquerades.
+    """
+    needed: Entries = {}
+    for change in found:
+        match change.key:
+            case RuleKey(_, "filter", names.IPVS_OUT_FILTER):
+                pass
+            case ChainKey(family, "filter", names.IPVS_OUT_FILTER):
+                needed[change.key] = EXISTS
+                addresses = SetMatch(names.set_name(names.ADDRESSES_SET, family), "src")
+                # In the place where it is found again; ipvs mode, should it come back, does not want it.
+                key = RuleKey(family, "filter", names.IPVS_OUT_FILTER, STRAY, "0")
+                needed[key] = (Rule((Conntrack("NEW"), addresses), SetMark(mark, mark)),)
+            case key if is_needed(change):
+                needed[key] = change.old
+    return needed
+
+
+def write_rules(variant: Variant, changes: Iterable[Change]) -> None:
+    """Make changes to what `rules_left` found. Raises ApplyError."""
     by_family: dict[Family, list[Change]] = {}
     for change in changes:
         match change.key:
@@ -145,9 +167,9 @@ def is_needed(change: Change) -> bool:
         case DeviceKey():
             return True
         case ChainKey(_, table, chain) | RuleKey(_, table, chain):
-            return (table, chain) == GUARD
+            return (table, chain) in GUARDS
         case JumpKey():
-            return isinstance(change.old, Rule) and change.old.target == Jump(names.IPVS_FILTER)
+            return isinstance(change.old, Rule) and change.old.target in [Jump(chain) for _, chain in GUARDS]
         case SetKey(name):
             # The last one tells which virtual servers on the node's own addresses are ours.
             return name in _in_kernel(*_NAMED, names.NODE_PORT_SET[Protocol.TCP])
