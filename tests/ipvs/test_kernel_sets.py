@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import pytest
 from pyroute2 import IPVS, IPVSDest, IPVSService
 
@@ -22,9 +23,13 @@ from kproxy.dataplane.ipvs.entries import (
     SetKey,
     VirtualServer,
 )
+from kproxy.dataplane.ipvs.fixed import render_base
+from kproxy.dataplane.ipvs.options import Options
+from kproxy.dataplane.ipvs.render import render_route
 from kproxy.dataplane.ipvs.servers import Servers
 from kproxy.model import Family, Protocol
 from tests.ipvs.kernel_host import (
+    FACTS,
     V4,
     V6,
     Host,
@@ -262,3 +267,13 @@ def test_an_address_does_not_outlive_its_virtual_server(host: Host) -> None:
         with pytest.raises(TimeoutError):
             client.connect((cluster_ip(V4, 1), 80))
         assert not change.done()
+
+
+def test_no_address_comes_before_what_guards_it(host: Host) -> None:
+    facts = msgspec.structs.replace(FACTS, families=(V4,))
+    wanted = render_base(facts, Options()) | render_route(route(V4, 1, 1), facts, Options())
+    with xtables_lock(lock_path()), pytest.raises(ApplyError, match="lock"):
+        host.bring_to(wanted)
+    assert "kube-ipvs0" not in host.command("ip", "link")
+    host.bring_to(wanted)
+    assert diff(wanted, host.read()) == []

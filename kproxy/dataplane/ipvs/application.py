@@ -106,6 +106,8 @@ class Application:
         self._step(ipset.add, sorted(put[MemberKey], key=_is_limit), ipset.explain)
         self._write_rules(self._rules)
         if put[DeviceKey] or (put[AddressKey] and not device.index()):  # somebody may have deleted it meanwhile
+            if self._faults:
+                return  # without the rules that guard it, all that listens on the node would answer on its addresses
             with self._told():
                 device.make()
         self._step(device.bind, put[AddressKey])
