@@ -204,10 +204,10 @@ def test_slow_work_does_not_hold_up_other_requests(server):
 
 
 def test_slow_work_whose_client_has_gone_harms_nobody(server):
-    release = threading.Event()
-    done = threading.Event()
+    begun, release, done = threading.Event(), threading.Event(), threading.Event()
 
     def work() -> Response:
+        begun.set()
         release.wait(5)
         done.set()
         return text(200, "x" * 1_000_000)
@@ -215,6 +215,7 @@ def test_slow_work_whose_client_has_gone_harms_nobody(server):
     listener = server.listen(LOOPBACK, lambda _: work)
     with socket.create_connection(("127.0.0.1", listener.address.port)) as client:
         client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert begun.wait(5)
     with socket.create_connection(("127.0.0.1", listener.address.port)) as client:
         client.sendall(b"GET / HTTP/1.1\r\n\r\n")
         listener.close()
