@@ -31,6 +31,7 @@ from kubernetes.config.kube_config import load_kube_config
 from urllib3.util.ssl_ import create_urllib3_context
 
 from kproxy import __version__
+from kproxy.api.decode import STATUS
 from kproxy.api.errors import ApiConfigError, ApiError, CredentialsError, SilentError
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -321,19 +322,13 @@ def _server_url(text: str, origin: str) -> str:
     return url
 
 
-class _Status(msgspec.Struct):
-    """What is read of a `v1` Status object."""
-
-    message: str = ""
-
-
 def _refusal(raw: urllib3.BaseHTTPResponse, request: str) -> ApiError:
     what = f"{request}: {raw.status} {raw.reason or ''}".rstrip()
     if 300 <= raw.status < 400:
         return ApiError(f"{what}: redirects (to {raw.headers.get('Location')}) are not followed", status=raw.status)
     body = raw.read(1 << 16)
     try:
-        message = msgspec.json.decode(body, type=_Status).message
+        message = STATUS.decode(body).message
     except msgspec.DecodeError:
         message = body[:200].decode(errors="replace").strip()
     text = f"{what}: {message}" if message else what

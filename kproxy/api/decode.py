@@ -1,4 +1,8 @@
-"""From the API's JSON to objects: lists, watch events, and what to say of an object that cannot be read."""
+"""From the API's JSON to objects: lists, watch events, and what to say of an object that cannot be read.
+
+msgspec looks into a type when it is first used, and crashes where threads do that at once (0.22.0). So all decoders are
+made before there are threads: here, and in `Watch`.
+"""
 
 from __future__ import annotations
 
@@ -60,6 +64,13 @@ class _BareIdentity(msgspec.Struct, frozen=True):
     metadata: _Names = _Names()
 
 
+WATCH_EVENT = msgspec.json.Decoder(WatchEvent)
+STATUS = msgspec.json.Decoder(Status)
+_IDENTITY = msgspec.json.Decoder(_Identity)
+_BARE_IDENTITY = msgspec.json.Decoder(_BareIdentity)
+_RAW_PAGE = msgspec.json.Decoder(_Page[msgspec.Raw])
+
+
 class Page(msgspec.Struct, frozen=True):
     """A page of a list. `unreadable` are the objects that could not be read, as errors."""
 
@@ -76,7 +87,6 @@ class ObjectDecoder:
         self._object = msgspec.json.Decoder(KINDS[kind])
         page: Any = _Page
         self._page: msgspec.json.Decoder[_Page[Object]] = msgspec.json.Decoder(page[KINDS[kind]])
-        self._raw_page = msgspec.json.Decoder(_Page[msgspec.Raw])
 
     def page(self, body: bytes) -> Page:
         """A page of a list. Raises msgspec.DecodeError where it is not one."""
@@ -87,7 +97,7 @@ class ObjectDecoder:
         return Page(page.metadata, page.items or [], [])
 
     def _page_by_items(self, body: bytes) -> Page:
-        page = self._raw_page.decode(body)
+        page = _RAW_PAGE.decode(body)
         objects: list[Object] = []
         unreadable: list[UnreadableError] = []
         for raw in page.items or []:
@@ -108,11 +118,11 @@ class ObjectDecoder:
 
 def _metadata(raw: msgspec.Raw) -> ObjectMeta:
     try:
-        return msgspec.json.decode(raw, type=_Identity).metadata
+        return _IDENTITY.decode(raw).metadata
     except msgspec.ValidationError:
         pass
     try:
-        names = msgspec.json.decode(raw, type=_BareIdentity).metadata
+        names = _BARE_IDENTITY.decode(raw).metadata
     except msgspec.ValidationError:
         return ObjectMeta()
     return ObjectMeta(name=names.name, namespace=names.namespace, resource_version=names.resource_version)

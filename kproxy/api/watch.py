@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
-from kproxy.api.decode import ObjectDecoder, Status, UnreadableError, WatchEvent
+from kproxy.api.decode import STATUS, WATCH_EVENT, ObjectDecoder, UnreadableError, WatchEvent
 from kproxy.api.errors import ApiError, SilentError
 from kproxy.api.events import Alive, Changed, Deleted, Event, Listed, Sink, Unavailable
 from kproxy.api.objects import KINDS, Object
@@ -364,23 +364,26 @@ class _BookmarkObject(msgspec.Struct, frozen=True):
     metadata: _Bookmark
 
 
+_BOOKMARK_OBJECT = msgspec.json.Decoder(_BookmarkObject)
+
+
 def _event(line: bytes) -> WatchEvent:
     try:
-        return msgspec.json.decode(line, type=WatchEvent)
+        return WATCH_EVENT.decode(line)
     except msgspec.DecodeError as error:
         raise _RelistError(f"a line of the watch is not an event: {error}") from error
 
 
 def _bookmark(event: WatchEvent) -> _Bookmark:
     try:
-        return msgspec.json.decode(event.object, type=_BookmarkObject).metadata
+        return _BOOKMARK_OBJECT.decode(event.object).metadata
     except msgspec.DecodeError as error:
         raise _RelistError(f"a bookmark cannot be read: {error}") from error
 
 
 def _error_text(event: WatchEvent) -> str:
     try:
-        status = msgspec.json.decode(event.object, type=Status)
+        status = STATUS.decode(event.object)
     except msgspec.DecodeError:
         return "the server ended the watch with an error"
     return f"the server ended the watch: {status.code} {status.message}"
