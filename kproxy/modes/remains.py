@@ -231,7 +231,7 @@ class Succession(Observer):
     def _run(self) -> None:
         pause = FIRST_LOOK_SECONDS
         drained = time.monotonic() + self._drain_seconds
-        self.remove_now()
+        self.remove_now(patient=self._drain_seconds > 0)
         while not self._wait(pause):
             self.remove_now(patient=time.monotonic() < drained)
             pause = min(2 * pause, LAST_LOOK_SECONDS)
