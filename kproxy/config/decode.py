@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import EnumMeta
-from typing import Any, NamedTuple, TypeVar, cast, get_args
+from typing import Any, NamedTuple, TypeVar, cast, get_args, get_origin
 
 import msgspec
+from msgspec import UNSET
 
 from kproxy.config.duration import Duration, FlushFrequency
 from kproxy.config.errors import FieldError
@@ -43,20 +44,46 @@ def _section(kind: type[SectionT], document: Mapping[str, Any], prefix: str, pro
         field = fields[name]
         if value is None or (value == "" and _is_text(field.type)):
             continue
-        if isinstance(field.type, type) and issubclass(field.type, Section):
-            if isinstance(value, Mapping):
-                values[field.name] = _section(field.type, value, f"{path}.", problems)
-            else:
-                problems.unreadable.append(FieldError(path, f"expected an object, got {_shown(value)}"))
-            continue
-        try:
-            decoded = msgspec.convert(value, field.type, dec_hook=_read_duration)
-        except msgspec.ValidationError as error:
-            problems.unreadable.append(FieldError(path, _reason(error, field.type, value)))
-        else:
-            if decoded or path in POINTER_FIELDS:
-                values[field.name] = decoded
+        decoded = _value(field.type, value, path, problems)
+        if decoded is not UNSET and (decoded or path in POINTER_FIELDS):
+            values[field.name] = decoded
     return kind(**values)
+
+
+def _value(kind: Any, value: object, path: str, problems: Problems) -> Any:
+    """What a field says; of a list of sections or a map, what can be read of it; UNSET if nothing can."""
+    member = (get_args(kind) or (None,))[-1 if get_origin(kind) is dict else 0]
+    match value:
+        case Mapping() if _is_section(kind):
+            return _section(kind, value, f"{path}.", problems)
+        case Mapping() if get_origin(kind) is dict:
+            return dict(_readable(member, value.items(), f"{path}.{{}}", problems))
+        case list() if _is_section(member):
+            return tuple(each for _, each in _readable(member, enumerate(value), f"{path}[{{}}]", problems))
+    if _is_section(kind):
+        problems.unreadable.append(FieldError(path, f"expected an object, got {_shown(value)}"))
+        return UNSET
+    try:
+        return msgspec.convert(value, kind, dec_hook=_read_duration)
+    except msgspec.ValidationError as error:
+        text, _, place = str(error).replace("`", "").partition(" - at $")
+        problems.unreadable.append(FieldError(f"{path}{place}", _reason(text, kind, value)))
+        return UNSET
+
+
+def _readable(
+    kind: Any, members: Iterable[tuple[object, object]], path: str, problems: Problems
+) -> Iterator[tuple[object, Any]]:
+    """The members, by name or number, that can be read to the end."""
+    for name, member in members:
+        known = len(problems.unreadable)
+        decoded = _value(kind, member, path.format(name), problems)
+        if len(problems.unreadable) == known:
+            yield name, decoded
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
 
 
 def _is_text(field_type: Any) -> bool:
@@ -73,15 +100,15 @@ def _read_duration(kind: type, value: object) -> Duration:
     raise ValueError(f"expected a duration such as 30s, got {_shown(value)}")
 
 
-def _reason(error: msgspec.ValidationError, field_type: Any, value: object) -> str:
-    for member in get_args(field_type) or (field_type,):
+def _reason(text: str, kind: Any, value: object) -> str:
+    for member in get_args(kind) or (kind,):
         if isinstance(member, EnumMeta):
             return f"{_shown(value)} is not one of {', '.join(choice.value for choice in member)}"  # type: ignore[var-annotated]
-    text, _, place = str(error).replace("`", "").partition(" - at $")
     text = text[:1].lower() + text[1:]
-    at = f" (at {place})" if place else ""
-    return f"{text}{at}" if text.startswith('"') or "got" in text else f"{text}{at}, got {_shown(value)}"
+    return text if text.startswith('"') or "got" in text else f"{text}, got {_shown(value)}"
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, Mapping | list) and value:  # which may hold itself, or be endless by its aliases
+        return "an object" if isinstance(value, Mapping) else "a list"
     return json.dumps(value, ensure_ascii=False, default=str)

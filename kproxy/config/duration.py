@@ -17,6 +17,7 @@ _NANOSECONDS = {
 }
 _TERM = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)", re.ASCII)
 _LIMIT = 1 << 63  # Go keeps nanoseconds in an int64
+_DIGITS = 19  # of that limit
 
 
 class Duration(int):
@@ -32,8 +33,11 @@ class Duration(int):
         end = 0
         while term := _TERM.match(rest, end):
             whole, _, fraction = term[1].partition(".")
+            fraction = fraction[:_DIGITS]  # what comes after is less than a nanosecond
+            if len(whole.lstrip("0")) > _DIGITS:
+                raise ValueError(f'"{text}" is longer than 292 years')
             unit = _NANOSECONDS[term[2]]
-            nanoseconds += int(whole or "0") * unit + int(fraction or "0") * unit // 10 ** len(fraction)
+            nanoseconds += int(whole[-_DIGITS:] or "0") * unit + int(fraction or "0") * unit // 10 ** len(fraction)
             end = term.end()
         if not rest or end != len(rest):
             raise ValueError(f'"{text}" is not a duration such as 30s, 1h2m or 100ms')

@@ -5,15 +5,13 @@ A file is YAML or JSON with one `KubeProxyConfiguration` document, and at most o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import yaml
+from typing import NamedTuple
 
 from kproxy.config.decode import decode
 from kproxy.config.defaults import defaulted
+from kproxy.config.documents import Document, parse, to_yaml
 from kproxy.config.effects import without_effect
 from kproxy.config.errors import ConfigError, FieldError
 from kproxy.config.v1alpha1 import (
@@ -21,10 +19,13 @@ from kproxy.config.v1alpha1 import (
     KIND,
     KPROXY_API_VERSION,
     KPROXY_KIND,
+    POINTER_FIELDS,
     Configuration,
     KproxyConfiguration,
+    paths,
     to_kproxy_v1alpha1,
     to_v1alpha1,
+    value_at,
 )
 from kproxy.config.validation import validate, validate_settings
 
@@ -45,23 +46,36 @@ def read_config_file(path: Path) -> ConfigFile:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError([f"{path}: cannot be read: {reason}"]) from error
     try:
-        documents, duplicates = _parse(text)
+        documents = parse(text)
     except ValueError as error:
         raise ConfigError([f"{path}: {error}"]) from error
     chosen, errors = _by_kind(documents)
     if errors:
         raise ConfigError([f"{path}: {error}" for error in errors])
 
-    config, problems = decode(Configuration, chosen.get(KIND, {}))
+    document = chosen.get(KIND, _ABSENT)
+    config, problems = decode(Configuration, document.value)
+    unreadable = _each_field_once([*document.unreadable, *problems.unreadable])
+    blank = [FieldError("hostnameOverride", "is blank")] if config.hostname_override.isspace() else []
     config = defaulted(config)
-    errors += map(str, problems.unreadable)
-    errors += map(str, validate(config, frozenset(error.field for error in problems.unreadable)))
-    settings, own_problems = decode(KproxyConfiguration, chosen.get(KPROXY_KIND, {}))
-    own_errors = own_problems.unreadable or validate_settings(settings)
-    errors += (f"{KPROXY_KIND}: {error}" for error in own_errors)
+    broken = validate(config, frozenset(error.field for error in unreadable))
+    errors += map(str, [*unreadable, *blank, *broken])
+
+    own = chosen.get(KPROXY_KIND, _ABSENT)
+    settings, own_problems = decode(KproxyConfiguration, own.value)
+    unreadable = _each_field_once([*own.unreadable, *own_problems.unreadable])
+    broken = validate_settings(settings, frozenset(error.field for error in unreadable))
+    errors += (f"{KPROXY_KIND}: {error}" for error in [*unreadable, *broken])
     if errors:
         raise ConfigError([f"{path}: {error}" for error in errors])
-    warnings = _lenience(duplicates, [*problems.unknown, *own_problems.unknown]) + without_effect(config)
+
+    warnings = [
+        *map(str, document.repeated),
+        *(f"{error}; ignored" for error in problems.unknown),
+        *(f"{KPROXY_KIND}: {error}" for error in own.repeated),
+        *(f"{KPROXY_KIND}: {error}; ignored" for error in own_problems.unknown),
+        *without_effect(config),
+    ]
     return ConfigFile(config, settings, tuple(f"{path}: {warning}" for warning in warnings))
 
 
@@ -70,23 +84,38 @@ def config_yaml(config: Configuration, settings: KproxyConfiguration) -> str:
     documents = [to_v1alpha1(config)]
     if settings != KproxyConfiguration():
         documents.append(to_kproxy_v1alpha1(settings))
-    return yaml.safe_dump_all(documents, default_flow_style=False, allow_unicode=True)
+    return to_yaml(documents)
 
 
-def _lenience(duplicates: Iterable[str], unknown: Iterable[FieldError]) -> list[str]:
-    return [f"{problem}; ignored" for problem in [*duplicates, *map(str, unknown)]]
+def lost_in_a_file(config: Configuration) -> list[str]:
+    """Fields with a zero that flags can ask for, and that in a file means the default."""
+    default = defaulted(Configuration())
+    fields = (field for field in paths(config) if field not in POINTER_FIELDS)
+    return [field for field in fields if not value_at(config, field) and value_at(default, field)]
 
 
-def _by_kind(documents: Iterable[Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+_ABSENT = Document({}, [], [])
+
+
+def _each_field_once(errors: Iterable[FieldError]) -> list[FieldError]:
+    """What was noticed first about each field."""
+    first: dict[str, FieldError] = {}
+    for error in errors:
+        first.setdefault(error.field, error)
+    return list(first.values())
+
+
+def _by_kind(documents: Iterable[Document]) -> tuple[dict[str, Document], list[str]]:
     """The documents by kind, without the two fields that say it."""
     versions = {KIND: API_VERSION, KPROXY_KIND: KPROXY_API_VERSION}
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Document] = {}
     errors = []
     for number, document in enumerate(documents, 1):
-        if not isinstance(document, dict):
+        value = document.value
+        if not isinstance(value, dict):
             errors.append(f"document {number}: expected an object with apiVersion and kind")
             continue
-        api_version, kind = document.pop("apiVersion", None), document.pop("kind", None)
+        api_version, kind = value.pop("apiVersion", None), value.pop("kind", None)
         if not isinstance(kind, str) or versions.get(kind) != api_version:
             known = " or ".join(f"{version} {kind}" for kind, version in versions.items())
             errors.append(f'document {number}: expected {known}, got "{api_version or ""}" "{kind or ""}"')
@@ -97,45 +126,3 @@ def _by_kind(documents: Iterable[Any]) -> tuple[dict[str, dict[str, Any]], list[
     if not found and not errors:
         errors.append(f"is empty; expected a {KIND} ({API_VERSION})")
     return found, errors
-
-
-def _parse(text: str) -> tuple[list[Any], list[str]]:
-    """The documents, and fields that were set twice (the last one counts). Raises ValueError."""
-    duplicates: list[str] = []
-    if text.lstrip().startswith("{"):
-
-        def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-            names = [name for name, _ in pairs]
-            duplicates.extend(f"{name}: set twice" for name in dict.fromkeys(names) if names.count(name) > 1)
-            return dict(pairs)
-
-        try:
-            return [json.loads(text, object_pairs_hook=collect)], duplicates
-        except json.JSONDecodeError:
-            pass  # YAML's flow notation begins with a brace too
-    loader = _Loader(text)
-    try:
-        documents = []
-        while loader.check_data():  # type: ignore[no-untyped-call]
-            documents.append(loader.get_data())
-    except yaml.YAMLError as error:
-        raise ValueError(f"is not YAML: {' '.join(str(error).split())}") from error
-    finally:
-        loader.dispose()
-    return [document for document in documents if document is not None], loader.duplicates
-
-
-class _Loader(yaml.SafeLoader):
-    """Notes fields that are set twice."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.duplicates: list[str] = []
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                self.duplicates.append(f"line {key.start_mark.line + 1}: {key.value}: set twice")
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)

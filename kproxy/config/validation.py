@@ -25,12 +25,13 @@ def validate(config: Configuration, unread: frozenset[str] = frozenset()) -> lis
     return [error for error in _broken_rules(config, unread) if error.field not in unread]
 
 
-def validate_settings(settings: KproxyConfiguration) -> list[FieldError]:
+def validate_settings(settings: KproxyConfiguration, unread: frozenset[str] = frozenset()) -> list[FieldError]:
     """The same for kproxy's own settings."""
-    return [
+    errors = [
         *_at_least_zero("serviceMetrics.limit", settings.service_metrics.limit),
         *_at_least_zero("ipvs.drainTimeout", settings.ipvs.drain_timeout),
     ]
+    return [error for error in errors if error.field not in unread]
 
 
 def _broken_rules(config: Configuration, unread: frozenset[str]) -> Iterator[FieldError]:
@@ -111,7 +112,7 @@ def _listen_address(field: str, text: str) -> Iterator[FieldError]:
         canonical_address(host[1:-1] if bracketed else host)
     except ValueError:
         yield FieldError(field, f'"{host}" in "{text}" is not an IP address')
-    if not (port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and 1 <= int(port) <= 65535):
         yield FieldError(field, f'"{port}" in "{text}" is not a port from 1 to 65535')
 
 
@@ -200,3 +201,6 @@ def _not_cidrs(texts: list[str] | tuple[str, ...]) -> Iterator[str]:
             canonical_cidr(text)
         except ValueError:
             yield f'"{text}" is not a CIDR'
+        else:
+            if text != text.strip():  # which manifests may have
+                yield f'"{text}" has a blank beside the CIDR'

@@ -103,6 +103,10 @@ BROKEN = [
     ),
     ({"clusterCIDR": "10.0.0.0"}, ['clusterCIDR: "10.0.0.0" is not a CIDR']),
     (
+        {"clusterCIDR": "10.0.0.0/8, fd00::/48"},
+        ['clusterCIDR: " fd00::/48" has a blank beside the CIDR'],
+    ),
+    (
         {"clusterCIDR": "10.0.0.0/8,11.0.0.0/8"},
         ['clusterCIDR: "10.0.0.0/8,11.0.0.0/8" has two IPv4 CIDRs; a pair must be of both families'],
     ),
