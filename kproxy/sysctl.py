@@ -77,8 +77,12 @@ def conntrack_settings(limits: ConntrackLimits, cpus: int) -> list[Setting]:
 
 
 def apply(settings: Iterable[Setting], root: Path = Path("/")) -> list[Setting]:
-    """Write what differs, in order; returns what was written. Raises SysctlError at the first that fails."""
-    written = []
+    """Write what differs, in order; returns what was written.
+
+    Raises SysctlError at the first that fails, and takes back what was written before it.
+    """
+    written: list[Setting] = []
+    before: list[tuple[Path, int]] = []
     for setting in settings:
         file = root / setting.path
         try:
@@ -87,9 +91,19 @@ def apply(settings: Iterable[Setting], root: Path = Path("/")) -> list[Setting]:
                 continue
             file.write_text(f"{setting.value}\n")
         except (OSError, ValueError) as e:
+            _take_back(before)
             raise SysctlError(_explain(setting, file, e)) from e
         written.append(setting)
+        before.append((file, now))
     return written
+
+
+def _take_back(before: list[tuple[Path, int]]) -> None:
+    for file, value in reversed(before):
+        try:
+            file.write_text(f"{value}\n")
+        except OSError as error:
+            log.warning("cannot be taken back", file=str(file), value=value, error=error.strerror)
 
 
 def current(path: str, root: Path = Path("/")) -> int:

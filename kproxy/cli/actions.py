@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import structlog
 
 from kproxy import sysctl
 from kproxy.cli import difference
-from kproxy.cli.assembly import gather, machine, source
+from kproxy.cli.assembly import api_connection, gather, machine, source
 from kproxy.cli.invocation import Invocation, UsageError
 from kproxy.config.v1alpha1 import Configuration, ProxyMode
 from kproxy.conntrack import load_module
@@ -37,11 +38,11 @@ def conntrack_limits(configuration: Configuration) -> sysctl.ConntrackLimits:
     )
 
 
-def initialise(configuration: Configuration) -> None:
-    """Write the sysctls that the configuration asks for. Raises SysctlError."""
+def initialise(configuration: Configuration, more: Sequence[sysctl.Setting] = ()) -> None:
+    """Write the sysctls that the configuration asks for, and those of a mode: all, or none. Raises SysctlError."""
     load_module()
     settings = sysctl.conntrack_settings(conntrack_limits(configuration), sysctl.host_cpus())
-    for setting in sysctl.apply(settings):
+    for setting in sysctl.apply([*settings, *more]):
         log.info("set", file=f"/{setting.path}", value=setting.value)
 
 
@@ -54,15 +55,18 @@ def init_only(invocation: Invocation) -> None:
         case ProxyMode.IPVS:
             from kproxy.modes.ipvs import Ipvs  # with pyroute2: 22 MB that other modes do without
 
-            Ipvs(invocation.configuration, invocation.settings, supported_families(), writes=True).close()
+            opened = Ipvs(invocation.configuration, invocation.settings, supported_families())
+            opened.prepare()
+            opened.close()
         case _:
             pass
 
 
 def sync_once(invocation: Invocation) -> int:
     """Bring the kernel up to date and return. 1 if a Service was refused. Raises what a sync raises."""
+    connection = api_connection(invocation)  # first: without it nothing is written
     parts = machine(invocation, writes=True)
-    gather(parts, source(invocation)[0])
+    gather(parts, source(invocation, connection))
     cleaned = Cleaned(parts.reconciler, local_addresses, None)
     started = time.monotonic()
     report = parts.reconciler.sync()
@@ -84,7 +88,7 @@ def sync_once(invocation: Invocation) -> int:
 def dry_run(invocation: Invocation, *, as_json: bool, color: bool) -> int:
     """Print what a sync would change, and change nothing. 0: nothing, 1: something."""
     parts = machine(invocation, writes=False)
-    gather(parts, source(invocation)[0])
+    gather(parts, source(invocation, api_connection(invocation)))
     differences = parts.reconciler.plan()
     dataplane = parts.opened.dataplane
     remains = []
@@ -139,7 +143,7 @@ def explain_packet(invocation: Invocation) -> int:
     """Print what happens to one packet: `explain SOURCE DESTINATION:PORT[/PROTOCOL] [INTERFACE]`. 0 if it arrives."""
     packet = _packet(invocation.operands)
     parts = machine(invocation, writes=False)
-    gather(parts, source(invocation)[0])
+    gather(parts, source(invocation, api_connection(invocation)))
     addresses = local_addresses()
     if not packet.interface and packet.source not in addresses:
         packet = Packet(packet.source, packet.destination, packet.port, packet.protocol, "?")
@@ -180,7 +184,7 @@ def _address(text: str) -> str:
 
 
 def _port(text: str) -> int:
-    if text.isascii() and text.isdigit() and 0 < int(text) < 1 << 16:
+    if text.isascii() and text.isdigit() and len(text) <= 5 and 0 < int(text) < 1 << 16:
         return int(text)
     raise ValueError(f"{text!r} is not a port number")
 

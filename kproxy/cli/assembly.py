@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
+from kproxy.api.errors import ManifestError
 from kproxy.api.events import Changed, Event, Listed, Source, Unavailable
 from kproxy.api.objects import KINDS, Kind
 from kproxy.cli.invocation import Action, Invocation
@@ -48,7 +49,7 @@ def node_name(configuration: Configuration) -> str:
 
 
 def open_mode(invocation: Invocation, families: Sequence[Family], *, writes: bool) -> tuple[ProxyMode, Mode]:
-    """The mode that is asked for, open. Raises UnsupportedError and OSError.
+    """The mode that is asked for, open, and its kernel settings as they were. Raises UnsupportedError and OSError.
 
     Where none is asked for: nftables if the kernel can, else iptables; if nothing is to be written, that which is in
     place.
@@ -71,7 +72,7 @@ def open_mode(invocation: Invocation, families: Sequence[Family], *, writes: boo
     if mode is ProxyMode.IPVS:
         from kproxy.modes.ipvs import Ipvs  # with pyroute2: 22 MB that other modes do without
 
-        return mode, Ipvs(invocation.configuration, invocation.settings, families, writes=writes)
+        return mode, Ipvs(invocation.configuration, invocation.settings, families)
     configuration = with_mode(invocation.configuration, ProxyMode.IPTABLES)
     return ProxyMode.IPTABLES, Iptables(configuration, families, writes=writes)
 
@@ -109,10 +110,12 @@ def machine(
 ) -> Machine:
     """Everything but the source. `writes`: make ready for writing, and try first whether the kernel can do it.
 
-    Raises UnsupportedError, ConfigError and OSError.
+    Raises UnsupportedError, ConfigError, SysctlError and OSError.
     """
     families = supported_families()
     mode, opened = open_mode(invocation, families, writes=writes)
+    if writes:
+        opened.prepare()
     configuration = with_mode(invocation.configuration, mode)
 
     def note(text: str) -> None:
@@ -143,27 +146,35 @@ def _ignore(_: str) -> None:
     """For what concerns only a proxy that runs."""
 
 
-def source(
+def api_connection(
     invocation: Invocation, answered: Callable[[str, str, str, float], None] | None = None
-) -> tuple[Source, Connection | None]:
-    """Where the objects come from, and the connection to an API server if that is it, which tells of its answers.
+) -> Connection | None:
+    """The connection to the API server, which tells of its answers; None where manifests take its place.
 
-    Raises ApiConfigError and ManifestError. Each is loaded where it is used: kubernetes takes 34 MB.
+    Nothing is sent yet. Raises ApiConfigError and ManifestError.
     """
     if invocation.manifests:
+        if not invocation.manifests.exists():
+            raise ManifestError((f"{invocation.manifests}: No such file or directory",))
+        return None
+    from kproxy.api.client import connect  # with kubernetes, which takes 34 MB
+
+    client = invocation.configuration.client_connection
+    return connect(invocation.kubeconfig, invocation.master, qps=client.qps, burst=client.burst, answered=answered)
+
+
+def source(invocation: Invocation, connection: Connection | None) -> Source:
+    """Where the objects come from. Each is loaded where it is used. Raises ConfigError."""
+    if connection is None:
+        assert invocation.manifests is not None  # noqa: S101 - else there is a connection
         from kproxy.api.manifests import ManifestSource
 
-        return ManifestSource(invocation.manifests), None
-    from kproxy.api.client import connect
+        return ManifestSource(invocation.manifests)
     from kproxy.api.server import ApiServerSource
     from kproxy.api.watch import Pace
 
-    client = invocation.configuration.client_connection
-    connection = connect(
-        invocation.kubeconfig, invocation.master, qps=client.qps, burst=client.burst, answered=answered
-    )
     pace = Pace(relist=invocation.configuration.config_sync_period.seconds)
-    return ApiServerSource(connection, node_name=node_name(invocation.configuration), pace=pace), connection
+    return ApiServerSource(connection, node_name=node_name(invocation.configuration), pace=pace)
 
 
 def gather(machine: Machine, source: Source) -> None:

@@ -21,7 +21,7 @@ from kproxy.cli.flags import Color, Output
 from kproxy.cli.help import help_text
 from kproxy.cli.invocation import Action, Invocation, UsageError, parse, version_text
 from kproxy.config.errors import ConfigError
-from kproxy.config.files import config_yaml
+from kproxy.config.files import config_yaml, lost_in_a_file
 from kproxy.conntrack import ConntrackError
 from kproxy.dataplane.base import ApplyError, UnsupportedError
 from kproxy.proxy import StartError
@@ -121,3 +121,5 @@ def _write_config(invocation: Invocation) -> None:
     assert path is not None  # noqa: S101 - the action is asked for by giving the path
     path.write_text(config_yaml(invocation.configuration, invocation.settings))
     log.info("wrote the configuration", path=str(path))
+    for field in lost_in_a_file(invocation.configuration):
+        log.warning(f"a file cannot set {field} to zero or nothing: with this one it has its default again")

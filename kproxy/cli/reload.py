@@ -9,10 +9,12 @@ from pathlib import Path
 
 import structlog
 
+from kproxy.api.errors import ApiConfigError, ManifestError
 from kproxy.api.inotify import LONGEST_SETTLE_SECONDS, Inotify, way_to
 from kproxy.cli.actions import initialise
-from kproxy.cli.assembly import open_mode
-from kproxy.cli.invocation import Invocation, UsageError, parse
+from kproxy.cli.assembly import api_connection, open_mode
+from kproxy.cli.invocation import Invocation, parse
+from kproxy.config.errors import ConfigError
 from kproxy.dataplane.base import UnsupportedError
 from kproxy.node_addresses import supported_families
 from kproxy.sysctl import SysctlError
@@ -37,7 +39,7 @@ class ConfigurationFile:
         self._running = running
         self._changed = changed
         self._rejected = rejected
-        self._problems: list[str] = []
+        self._problems: tuple[str, ...] = ()
 
     def start(self) -> None:
         """Begin to follow, if there is a file. Raises OSError."""
@@ -70,18 +72,16 @@ class ConfigurationFile:
 
     def _says_something_else(self) -> bool:
         """Whether the file asks for something else that can be had. What is wrong with it is told once."""
-        problems: list[str] = []
-        differs = False
         try:
-            wanted = parse(self._argv)
-            differs = _meaning(wanted) != _meaning(self._running)
-            if differs:
-                initialise(wanted.configuration)
-                open_mode(wanted, supported_families(), writes=True)[1].close()
-        except UsageError as error:
-            problems = list(error.problems)
-        except (SysctlError, UnsupportedError, OSError) as error:
-            problems = [str(error)]
+            differs = self._differs()
+            problems: tuple[str, ...] = ()
+        except ConfigError as error:
+            problems = error.problems
+        except (ApiConfigError, ManifestError, SysctlError, UnsupportedError, OSError) as error:
+            problems = (str(error),)
+        except Exception as error:  # whatever it is, what the file says next may be in order
+            log.debug("unexpected", exc_info=error)
+            problems = (f"{type(error).__name__}: {error}",)
         if problems and problems != self._problems:
             log.error(
                 "the configuration file has changed and cannot be used; what it said before stays in force",
@@ -91,7 +91,20 @@ class ConfigurationFile:
             log.info("the configuration file is in order again")
         self._problems = problems
         self._rejected(bool(problems))
-        return differs and not problems
+        return not problems and differs
+
+    def _differs(self) -> bool:
+        """Raises what a start with the file as it is now would raise: all is tried before anything is written."""
+        wanted = parse(self._argv)
+        if _meaning(wanted) == _meaning(self._running):
+            return False
+        api_connection(wanted)
+        _, opened = open_mode(wanted, supported_families(), writes=True)
+        try:
+            initialise(wanted.configuration, opened.settings())
+        finally:
+            opened.close()
+        return True
 
 
 def _meaning(invocation: Invocation) -> tuple[object, ...]:

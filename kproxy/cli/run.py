@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
@@ -14,7 +15,7 @@ import structlog
 from kproxy import __version__, events, logs
 from kproxy.api.objects import KINDS, Node, ObjectMeta
 from kproxy.cli import actions
-from kproxy.cli.assembly import Machine, machine, source
+from kproxy.cli.assembly import Machine, api_connection, machine, source
 from kproxy.cli.invocation import Invocation
 from kproxy.cli.reload import ConfigurationFile
 from kproxy.config.defaults import ModeSettings, advice, mode_settings
@@ -39,6 +40,9 @@ from kproxy.observers import Announced, Cleaned, HealthChecked, Healthy, Logged,
 from kproxy.proxy import Observer, Pace, Proxy, StartError
 from kproxy.reconcile import SyncReport
 from kproxy.sysctl import set_oom_score_adjustment
+
+if TYPE_CHECKING:
+    from kproxy.api.client import Connection
 
 log = structlog.get_logger(__name__)
 
@@ -69,13 +73,16 @@ def run(invocation: Invocation, argv: Sequence[str]) -> int:
     Rules stay in the kernel. Raises what ends a start: UnsupportedError, ConfigError, SysctlError, StartError …
     """
     set_oom_score_adjustment(invocation.configuration.oom_score_adj)
+    registry = Registry()
+    metrics = ProxyMetrics(registry)
+    connection = api_connection(invocation, metrics.count_request)  # first: without it nothing is written
     actions.initialise(invocation.configuration)
     addresses = _Addresses()
     parts = machine(invocation, writes=True, addresses=addresses)
     for line in advice(parts.configuration, parts.mode):
         log.warning(line)
     log.info("starting", version=__version__, mode=parts.mode.value, node=parts.state.node_name)
-    return _Running(invocation, argv, parts, addresses).run()
+    return _Running(invocation, argv, parts, addresses, connection, registry, metrics).run()
 
 
 def _pace(settings: ModeSettings, mode: ProxyMode) -> Pace:
@@ -99,7 +106,16 @@ class _Thrifty(Observer):
 
 
 class _Running:
-    def __init__(self, invocation: Invocation, argv: Sequence[str], parts: Machine, addresses: _Addresses) -> None:
+    def __init__(
+        self,
+        invocation: Invocation,
+        argv: Sequence[str],
+        parts: Machine,
+        addresses: _Addresses,
+        connection: Connection | None,
+        registry: Registry,
+        metrics: ProxyMetrics,
+    ) -> None:
         self._invocation = invocation
         self._file = ConfigurationFile(argv, invocation, self._restart, self._reject)
         self._restarts = False
@@ -107,9 +123,9 @@ class _Running:
         self._addresses = addresses
         self._configuration = parts.configuration
         self._server = HttpServer()
-        self._registry = Registry()
-        self._metrics = ProxyMetrics(self._registry)
-        self._source, connection = source(invocation, self._metrics.count_request)
+        self._registry = registry
+        self._metrics = metrics
+        self._source = source(invocation, connection)
         self._own = OwnMetrics(self._registry)
         self._fatal: str = ""
         settings = mode_settings(self._configuration, parts.mode)

@@ -13,6 +13,7 @@ from kproxy.explain import Explanation, Node, Packet
 from kproxy.metrics.connections import Reading
 from kproxy.model import Family, Route
 from kproxy.proxy import Observer
+from kproxy.sysctl import Setting
 
 
 class Watch(Protocol):
@@ -55,6 +56,12 @@ class Mode(Protocol):
 
         None: nothing tells of changes, so that comparing now and then must do.
         """
+
+    def settings(self) -> Sequence[Setting]:
+        """The sysctls that the mode needs, beside what it has as entries."""
+
+    def prepare(self) -> None:
+        """Write those, and what else is set once at start. Raises SysctlError and OSError."""
 
     def close(self) -> None:
         """Let go of the kernel; what is there stays in force."""

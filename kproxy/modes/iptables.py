@@ -27,7 +27,7 @@ from kproxy.model import Family, Route
 from kproxy.node_addresses import PRIMARY, accepts_ipv4_loopback, node_port_cidrs
 from kproxy.proxy import Observer
 from kproxy.reconcile import SyncReport
-from kproxy.sysctl import current
+from kproxy.sysctl import Setting, current
 from kproxy.traffic import RuleTraffic
 
 log = structlog.get_logger(__name__)
@@ -111,6 +111,13 @@ class Iptables:
     def watch(self) -> NftWatch | LegacyWatch:
         """See `kproxy.modes.base.Mode`."""
         return watch(self.kernel, self._period)
+
+    def settings(self) -> Sequence[Setting]:
+        """See `kproxy.modes.base.Mode`. There are none."""
+        return ()
+
+    def prepare(self) -> None:
+        """See `kproxy.modes.base.Mode`. There is nothing to do."""
 
     def close(self) -> None:
         """See `kproxy.modes.base.Mode`. There is nothing to let go of."""

@@ -26,6 +26,7 @@ from kproxy.metrics.families import IptablesMetrics
 from kproxy.model import Endpoint, Family, Frontend, Route, ServicePortName
 from kproxy.proxy import Observer
 from kproxy.reconcile import SyncReport
+from kproxy.sysctl import Setting
 
 log = structlog.get_logger(__name__)
 
@@ -33,20 +34,10 @@ Owner = Callable[[Frontend], ServicePortName | None]
 
 
 class Ipvs:
-    """See `kproxy.modes.base.Mode`. `writes`: write the kernel settings that the mode needs.
+    """See `kproxy.modes.base.Mode`. Raises UnsupportedError and OSError."""
 
-    Raises UnsupportedError, SysctlError and OSError.
-    """
-
-    def __init__(
-        self,
-        configuration: Configuration,
-        settings: KproxyConfiguration,
-        families: Sequence[Family],
-        *,
-        writes: bool,
-    ) -> None:
-        ipvs = configuration.ipvs
+    def __init__(self, configuration: Configuration, settings: KproxyConfiguration, families: Sequence[Family]) -> None:
+        self._ipvs = ipvs = configuration.ipvs
         scheduler = ipvs.scheduler or "rr"
         chosen = variant.find(families)
         have_modules_loaded(chosen, families)
@@ -57,11 +48,6 @@ class Ipvs:
             drain_seconds=settings.ipvs.drain_timeout.seconds,
         )
         features = self.kernel.probe(scheduler)
-        if writes:
-            for setting in sysctl.apply(settings_here(strict_arp=ipvs.strict_arp)):
-                log.info("set", file=f"/{setting.path}", value=setting.value)
-            timeouts = (ipvs.tcp_timeout, ipvs.tcp_fin_timeout, ipvs.udp_timeout)
-            self.kernel.set_timeouts(*(int(timeout.seconds) for timeout in timeouts))
         self._stock_local_fallback = settings.ipvs.stock_local_fallback
         options = Options(
             scheduler=scheduler,
@@ -92,6 +78,17 @@ class Ipvs:
 
     def watch(self) -> None:
         """See `kproxy.modes.base.Mode`. IPVS tells nobody of changes."""
+
+    def settings(self) -> Sequence[Setting]:
+        """See `kproxy.modes.base.Mode`."""
+        return settings_here(strict_arp=self._ipvs.strict_arp)
+
+    def prepare(self) -> None:
+        """See `kproxy.modes.base.Mode`."""
+        for setting in sysctl.apply(self.settings()):
+            log.info("set", file=f"/{setting.path}", value=setting.value)
+        timeouts = (self._ipvs.tcp_timeout, self._ipvs.tcp_fin_timeout, self._ipvs.udp_timeout)
+        self.kernel.set_timeouts(*(int(timeout.seconds) for timeout in timeouts))
 
     def close(self) -> None:
         """See `kproxy.modes.base.Mode`."""

@@ -16,6 +16,7 @@ from kproxy.metrics.connections import Reading
 from kproxy.metrics.families import NftablesMetrics
 from kproxy.model import Family, Route
 from kproxy.proxy import Observer
+from kproxy.sysctl import Setting
 from kproxy.traffic import Traffic
 
 
@@ -51,6 +52,13 @@ class Nftables:
     def watch(self) -> Monitor:
         """See `kproxy.modes.base.Mode`."""
         return Monitor([self.kernel.port])
+
+    def settings(self) -> Sequence[Setting]:
+        """See `kproxy.modes.base.Mode`. There are none."""
+        return ()
+
+    def prepare(self) -> None:
+        """See `kproxy.modes.base.Mode`. There is nothing to do."""
 
     def close(self) -> None:
         """See `kproxy.modes.base.Mode`."""

@@ -16,6 +16,7 @@ from tests.lab.proxy_process import kproxy_command, kproxy_environment
 from tests.reconcile.objects import WEB_IP, endpoints, port, refused, service, services, web
 from tests.reconcile.one_node import OneNode
 
+ESTABLISHED = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established"
 NOWHERE = "--master=http://127.0.0.1:1"
 
 
@@ -145,6 +146,26 @@ def test_write_config_to_writes_the_whole_configuration_and_leaves_the_kernel_al
     again = here.folder / "again.yaml"
     assert here.kproxy(f"--config={path}", f"--write-config-to={again}").returncode == 0
     assert again.read_text() == written
+
+
+def test_write_config_to_names_what_a_file_cannot_say(here: OneNode):
+    path = here.folder / "config.yaml"
+    done = here.kproxy(f"--write-config-to={path}", "--healthz-port=0", "--metrics-bind-address=192.0.2.1")
+    assert done.returncode == 0
+    assert "a file cannot set healthzBindAddress to zero or nothing" in done.stderr
+    assert "metricsBindAddress" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "source", [["--kubeconfig=/nonexistent"], ["--manifests=/nonexistent"]], ids=["API server", "manifests"]
+)
+def test_a_start_without_a_way_to_the_objects_changes_no_kernel_setting(here: OneNode, source: list[str]):
+    before = here.host.exec("cat", ESTABLISHED)
+    done = here.kproxy(*source, "--conntrack-max-per-core=0", "--conntrack-tcp-timeout-established=2222s")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("kproxy: ")
+    assert "/nonexistent: " in done.stderr
+    assert here.host.exec("cat", ESTABLISHED) == before
 
 
 @pytest.mark.parametrize("place", ["missing/config.yaml", ""])

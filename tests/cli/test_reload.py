@@ -13,6 +13,7 @@ from tests.lab.waiting import eventually
 from tests.reconcile.objects import NODE, web
 from tests.reconcile.one_node import OneNode
 
+ESTABLISHED = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established"
 HEAD: dict[str, Any] = {
     "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
     "kind": "KubeProxyConfiguration",
@@ -110,6 +111,61 @@ def test_a_mode_that_this_machine_cannot_do_is_no_reason_to_end(
     eventually(lambda: "install iptables" in made.log.read_text(), "what is missing is told")
     assert in_force(here, "mode") == "nftables"
     assert made.running
+
+
+@pytest.mark.parametrize("text", ['clusterCIDR: "\x01"', "mode: " + "[" * 3000, "x: !!bool foo"], ids=ascii)
+def test_after_a_file_that_is_no_yaml_the_next_change_is_taken(
+    here: OneNode, volume: ConfigMap, running: ProxyProcess, text: str
+) -> None:
+    volume.say(text)
+    eventually(lambda: running.metric("kproxy_configuration_rejected") == 1, "the rejection is in the metrics")
+    assert "Traceback" not in running.log.read_text()
+
+    volume.say(config(here, clusterCIDR="10.99.0.0/16"))
+    eventually(lambda: in_force(here, "clusterCIDR") == "10.99.0.0/16", "the next configuration is in force")
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"mode": "ipvs", "ipvs": {"scheduler": "nonsense"}}, "ipvs mode"),
+        ({"conntrack": {"maxPerCore": 0, "min": 0, "udpTimeout": "2562047h"}}, "nf_conntrack_udp_timeout"),
+    ],
+    ids=["mode", "sysctl"],
+)
+def test_of_a_change_that_cannot_be_had_nothing_is_done(
+    here: OneNode, volume: ConfigMap, running: ProxyProcess, fields: dict[str, Any], reason: str
+) -> None:
+    before = here.host.exec("cat", ESTABLISHED)
+    conntrack = {"maxPerCore": 0, "tcpEstablishedTimeout": "2222s"} | fields.get("conntrack", {})
+    volume.say(config(here, **fields | {"conntrack": conntrack}))
+
+    eventually(lambda: running.metric("kproxy_configuration_rejected") == 1, "the rejection is in the metrics")
+    assert reason in running.log.read_text()
+    assert here.host.exec("cat", ESTABLISHED) == before
+    assert in_force(here, "mode") == "nftables"
+
+
+def test_a_change_to_an_api_server_that_is_not_known_is_no_reason_to_end(
+    here: OneNode, volume: ConfigMap, running: ProxyProcess
+) -> None:
+    volume.say(json.dumps(HEAD | {"clientConnection": {"kubeconfig": "/nonexistent"}}))
+    eventually(lambda: "kubeconfig /nonexistent: no such file" in running.log.read_text(), "what is missing is told")
+    assert running.metric("kproxy_configuration_rejected") == 1
+    assert running.running
+
+
+def test_an_error_that_nobody_thought_of_does_not_end_the_following(
+    here: OneNode, volume: ConfigMap, running: ProxyProcess
+) -> None:
+    """As that of the library that reads kubeconfigs, where one is nested too deeply."""
+    kubeconfig = here.folder / "kubeconfig"
+    kubeconfig.write_text("[" * 3000)
+    volume.say(json.dumps(HEAD | {"clientConnection": {"kubeconfig": str(kubeconfig)}}))
+    eventually(lambda: running.metric("kproxy_configuration_rejected") == 1, "the rejection is in the metrics")
+
+    volume.say(config(here, clusterCIDR="10.99.0.0/16"))
+    eventually(lambda: in_force(here, "clusterCIDR") == "10.99.0.0/16", "the next configuration is in force")
 
 
 def test_what_only_looks_different_changes_nothing(here: OneNode, volume: ConfigMap, running: ProxyProcess) -> None:

@@ -170,6 +170,8 @@ def _open(config: Configuration, families: Sequence[Family]) -> Mode:
         case ProxyMode.IPTABLES:
             return Iptables(config, families, writes=True)
         case ProxyMode.IPVS:
-            return Ipvs(config, KproxyConfiguration(), families, writes=True)
+            opened = Ipvs(config, KproxyConfiguration(), families)
+            opened.prepare()
+            return opened
         case mode:
             raise ValueError(f"{mode} is no mode of a proxy on Linux")

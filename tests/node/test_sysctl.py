@@ -125,6 +125,17 @@ def test_a_file_that_is_missing_is_named_with_the_way_out(tmp_path: Path):
     )
 
 
+def test_where_one_setting_fails_none_is_changed(tmp_path: Path):
+    first = put(tmp_path, NETFILTER + "udp_timeout", 30)
+    second = put(tmp_path, NETFILTER + "udp_timeout_stream", 120)
+    settings = [Setting(NETFILTER + name, 7) for name in ("udp_timeout", "udp_timeout_stream", "missing")]
+
+    with pytest.raises(SysctlError, match="missing"):
+        apply(settings, tmp_path)
+
+    assert (first.read_text(), second.read_text()) == ("30\n", "120\n")
+
+
 def test_a_file_that_holds_no_number_is_an_error(tmp_path: Path):
     put(tmp_path, NETFILTER + "max", "many")
     with pytest.raises(SysctlError, match=r"nf_conntrack_max to 5: invalid literal .*'many"):

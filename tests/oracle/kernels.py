@@ -130,7 +130,8 @@ class OpenedIpvs:
 
     def __init__(self, configuration: Configuration, settings: KproxyConfiguration) -> None:
         self._luck = random.Random(0)
-        self._mode = Ipvs(configuration, settings, tuple(Family), writes=True)
+        self._mode = Ipvs(configuration, settings, tuple(Family))
+        self._mode.prepare()
         self.kernel = self._mode.kernel
         self.dataplane = self._mode.dataplane
         self.large_families = self._mode.large_families
