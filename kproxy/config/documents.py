@@ -51,7 +51,7 @@ def parse(text: str) -> list[Document]:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ValueError(f"is not YAML: line {line} has the character #x{error.character:02x}") from error
-    except Exception as error:  # the parser stumbles in other ways, too: over an escape beyond Unicode, for instance
+    except yaml.YAMLError as error:
         raise ValueError(f"is not YAML: {' '.join(str(error).split())}") from error
 
 
@@ -76,10 +76,15 @@ def _json(text: str) -> Document:
 def _yaml(text: str) -> list[Document]:
     loader = _Loader(text)
     documents = []
-    while loader.check_node():
-        if node := loader.get_node():
-            reading = _Reading(loader)
-            documents.append(Document(reading.value(node, ""), reading.repeated, reading.unreadable))
+    try:
+        while loader.check_node():
+            if node := loader.get_node():
+                reading = _Reading(loader)
+                documents.append(Document(reading.value(node, ""), reading.repeated, reading.unreadable))
+    except (yaml.YAMLError, RecursionError):
+        raise
+    except Exception as error:  # the parser stumbles in other ways, too: over an escape beyond Unicode, for instance
+        raise ValueError(f"is not YAML: line {loader.line + 1} cannot be read") from error
     return [document for document in documents if document.value is not None or document.unreadable]
 
 

@@ -113,7 +113,9 @@ def test_a_mode_that_this_machine_cannot_do_is_no_reason_to_end(
     assert made.running
 
 
-@pytest.mark.parametrize("text", ['clusterCIDR: "\x01"', "mode: " + "[" * 3000, "x: !!bool foo"], ids=ascii)
+@pytest.mark.parametrize(
+    "text", ['clusterCIDR: "\x01"', "mode: " + "[" * 3000, "x: !!bool foo"], ids=["control", "deep", "tag"]
+)
 def test_after_a_file_that_is_no_yaml_the_next_change_is_taken(
     here: OneNode, volume: ConfigMap, running: ProxyProcess, text: str
 ) -> None:
