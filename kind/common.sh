@@ -40,6 +40,10 @@ need_kubectl() {
     need kubectl "speaks to the cluster; https://kubernetes.io/docs/tasks/tools/"
 }
 
+need_python() {
+    need python3 "compares what the nodes' kernels hold with what they should"
+}
+
 need_kind() {
     need kind "makes clusters in containers; https://kind.sigs.k8s.io/docs/user/quick-start/#installation"
 }
@@ -169,60 +173,9 @@ api_server() {
     } | sed -n 's|^ *server: *||p' | head -n 1
 }
 
-# wait_until_programmed CONDITION SECONDS: waits until it holds for the dry run of every kproxy pod. Returns 1 if time is up.
+# wait_until_programmed SECONDS CONDITION: waits until it holds for the dry run of every kproxy pod: labs/programmed.py.
 wait_until_programmed() {
-    deadline=$(($(date +%s) + $2))
-    while ! programmed "$1" >"$work/programmed" 2>&1; do
-        [ "$(date +%s)" -lt "$deadline" ] || {
-            cat "$work/programmed" >&2
-            return 1
-        }
-        sleep 1
-    done
-    cat "$work/programmed"
-}
-
-# Conditions, for what a dry run has printed to a file. Services are as they should be, whatever else there is:
-rules_are_in() {
-    grep -Eq 'nothing to change| 0 to add, [0-9]+ to remove, 0 to change' "$1"
-}
-
-# Nothing else is there, either:
-nothing_to_change() {
-    grep -q 'nothing to change' "$1"
-}
-
-# … except for virtual servers of ipvs mode, which may stay for their connections, but get no new ones:
-only_connections_left() {
-    nothing_to_change "$1" || {
-        rules_are_in "$1" && grep -q '^Left by ipvs mode$' "$1" &&
-            ! grep -E '^(Service |For all Services|Left by )' "$1" | grep -qv '^Left by ipvs mode$'
-    }
-}
-
-# Prints the first line of a dry run on every node where kproxy should run; fails if the condition does not hold on one.
-programmed() {
-    $kube_system get pods -l "$selector" \
-        -o 'jsonpath={range .items[?(@.status.phase=="Running")]}{.metadata.name} {.spec.nodeName} {.spec.containers[0].args[*]}{"\n"}{end}' \
-        >"$work/pods" || return 1
-    wanted=$($kube_system get daemonset kproxy -o 'jsonpath={.status.desiredNumberScheduled}')
-    running=$(grep -c . "$work/pods")
-    if [ "$running" != "$wanted" ] || [ "$wanted" = 0 ]; then
-        say "kproxy runs on $running nodes of ${wanted:-unknown}"
-        return 1
-    fi
-    all_match=0
-    while read -r pod node arguments; do
-        # shellcheck disable=SC2046 # one word an argument
-        $kube_system exec "$pod" -c kproxy -- kproxy $(say "$arguments" | sed "s|\$(NODE_NAME)|$node|g") --dry-run \
-            </dev/null >"$work/dry-run" 2>&1 || true # 1 tells of a difference
-        "$1" "$work/dry-run" || all_match=1
-        grep -E -m 1 'mode, node ' "$work/dry-run" || {
-            say "on $node:"
-            cat "$work/dry-run"
-        }
-    done <"$work/pods"
-    return $all_match
+    PYTHONPATH=$here python3 -m labs.programmed "$@"
 }
 
 # check_rollout SECONDS: waits until the kproxy that was rolled out is ready everywhere, and the kernels hold what they should.
@@ -231,12 +184,15 @@ check_rollout() {
         show_kproxy
         die "kproxy does not become ready"
     }
-    wait_until_programmed only_connections_left 180 || {
+    found=$(wait_until_programmed 180 all) || {
         show_kproxy
         die "a node's kernel does not hold what it should"
     }
-    ! grep -q ' to remove, ' "$work/programmed" ||
+    say "$found"
+    case $found in *" to remove, "*)
         say "Virtual servers of ipvs mode stay while they have connections, a quarter of an hour at most."
+        ;;
+    esac
 }
 
 # What to look at when kproxy does not come up.

@@ -7,7 +7,7 @@ from functools import partial
 from labs.kubectl import LabError, Object, expect, get, wait_for
 from labs.lab import Lab, in_url
 from labs.manifests import NGINX, UNREADY, deployment, service
-from labs.nodes import wait_until_programmed
+from labs.programmed import all_is_done, wait_until
 from labs.services import create_balanced, start_web
 
 _REPLICAS = 3
@@ -101,7 +101,7 @@ def cleanup(lab: Lab) -> None:
         for frontend in (address, external):
             lab.answers(f"http://{in_url(frontend)}/", "nginx", "httpd")
     with lab.check("every node's kernel holds what it should, and nothing else"):
-        wait_until_programmed()
+        wait_until(all_is_done)
     traces = (address, external, port)
     unseen = lab.kind.unseen(traces) if lab.kind else "the nodes are no containers of this machine"
     if lab.kind and not unseen:
@@ -110,7 +110,7 @@ def cleanup(lab: Lab) -> None:
                 expect(lab.kind.named(node, traces), traces, f"what the rules of {node} name")
     lab.kubectl("delete", "service", "web")
     with lab.check("after it is deleted, every node's kernel holds what it should, and nothing else"):
-        wait_until_programmed()
+        wait_until(all_is_done)
     with lab.check("the ClusterIP no longer answers"):
         lab.refuses(f"http://{in_url(address)}/")
     if lab.kind and not unseen:

@@ -12,8 +12,6 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 Object = dict[str, Any]
 
-_POLL_SECONDS = 0.2
-
 
 class LabError(Exception):
     """A check has found something else than it expected."""
@@ -57,8 +55,11 @@ def missing_tool() -> str:
     return "kubectl is missing on this machine: it speaks to the cluster; https://kubernetes.io/docs/tasks/tools/"
 
 
-def wait_for(look: Callable[[], T], what: str, seconds: float = 60) -> T:
-    """The first true answer of `look`. Raises LabError with the last answer, or the last failure, if time is up."""
+def wait_for(look: Callable[[], T], what: str, seconds: float = 60, pause: float = 0.2) -> T:
+    """The first true answer of `look`, asked again after a pause.
+
+    Raises LabError with the last answer, or the last failure, if time is up.
+    """
     deadline = time.monotonic() + seconds
     while True:
         last: object
@@ -71,7 +72,7 @@ def wait_for(look: Callable[[], T], what: str, seconds: float = 60) -> T:
             last = error
         if time.monotonic() > deadline:
             raise LabError(f"{what}: not within {seconds:g} s (last: {last})")
-        time.sleep(_POLL_SECONDS)
+        time.sleep(pause)
 
 
 def expect(found: object, expected: object, what: str) -> None:

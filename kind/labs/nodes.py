@@ -1,25 +1,22 @@
-"""kproxy on the nodes: its dry runs, what the kernel of a node holds, and the port of the host that leads to a node."""
+"""kproxy on the nodes: its pods, what the kernel of a node holds, and the port of the host that leads to a node."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import subprocess
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import NamedTuple
 
-from labs.kubectl import LabError, Object, get, run, wait_for
+from labs.kubectl import LabError, Object, get, run
 
 NAMESPACE = "kube-system"
 SELECTOR = "app.kubernetes.io/name=kproxy"
 _LOAD = Path(__file__).resolve().parents[1] / "load"
 _IMAGE_SECONDS = 600
-_AT_ONCE = 8  # dry runs
 _COUNTERS = re.compile(r"\[\d+:\d+\]|packets \d+ bytes \d+")  # their figures could look like a port
 _HEXADECIMAL = re.compile(r"(?:\b([0-9A-F]{8})|\[([0-9a-f:]{39})\]):([0-9A-F]{4})\b")
 
@@ -36,21 +33,6 @@ class ProxyPod(NamedTuple):
         command = ("kproxy", *self.flags, "--dry-run", *more)
         done = run("-n", NAMESPACE, "exec", self.name, "-c", "kproxy", "--", *command)
         return done.stdout, done.stderr
-
-    def difference(self) -> str:
-        """Why the kernel is not as it should be; nothing if it is.
-
-        After a change from ipvs mode, virtual servers may stay for a quarter of an hour, for the connections they have.
-        """
-        printed, logged = self.dry_run("-o", "json")
-        try:
-            found = json.loads(printed)
-            left = [mode for mode in found["left"] if mode["by"] != "ipvs mode"]
-            if not (found["services"] or found["shared"] or left):
-                return ""
-            return f"{self.node}: {found['counts']}"
-        except (ValueError, KeyError):
-            return f"{self.node}: the dry run fails: {printed}{logged.strip()}"
 
     def log_end(self) -> str:
         """The last lines of its log."""
@@ -75,20 +57,6 @@ def _proxy_pod(pod: Object) -> ProxyPod:
     container = next(c for c in pod["spec"]["containers"] if c["name"] == "kproxy")
     flags = tuple(flag.replace("$(NODE_NAME)", node) for flag in container.get("args", ()))
     return ProxyPod(pod["metadata"]["name"], node, flags)
-
-
-def wait_until_programmed() -> None:
-    """Wait until every node's kernel holds what it should, and nothing else. Raises LabError."""
-    pods = proxy_pods()
-
-    def no_difference() -> bool:
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            differences = list(pool.map(ProxyPod.difference, pods))
-        if any(differences):
-            raise LabError("; ".join(filter(None, differences)))
-        return True
-
-    wait_for(no_difference, "every node's kernel holds what it should", 60)
 
 
 class KindCluster(NamedTuple):
@@ -144,6 +112,8 @@ class KindCluster(NamedTuple):
 def kind_cluster() -> KindCluster | None:
     """The kind cluster that kubectl reaches, if it is one and its containers are here."""
     nodes = get("nodes")["items"]
+    if not nodes:
+        raise LabError("this cluster has no nodes")
     kind, _, rest = nodes[0]["spec"].get("providerID", "").partition("://")
     provider, _, names = rest.partition("/")
     if kind != "kind" or not shutil.which(provider) or not shutil.which("kind"):

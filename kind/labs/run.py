@@ -9,7 +9,8 @@ from collections.abc import Callable
 from labs import endpoints, manifests, services
 from labs.kubectl import LabError, kubectl, missing_tool
 from labs.lab import Lab, say
-from labs.nodes import kind_cluster, proxy_pods, wait_until_programmed
+from labs.nodes import kind_cluster, proxy_pods
+from labs.programmed import all_is_done, wait_until
 
 LABS: dict[str, Callable[[Lab], None]] = {
     "nodeport": services.node_port,
@@ -26,8 +27,15 @@ LABS: dict[str, Callable[[Lab], None]] = {
 
 
 def main() -> int:
-    """Run the labs. 0: all passed; 1: one failed; 2: none could be run."""
-    arguments = _arguments()
+    """Run the labs. 0: all passed; 1: one failed; 2: none could be run; 130: interrupted."""
+    try:
+        return _run_all(_arguments())
+    except KeyboardInterrupt:
+        say("\ne2e: interrupted")
+        return 130
+
+
+def _run_all(arguments: argparse.Namespace) -> int:
     if complaint := missing_tool():
         say(f"e2e: {complaint}")
         return 2
@@ -38,7 +46,7 @@ def main() -> int:
         say(f"cluster {context}, kproxy on {len(pods)} nodes")
         if kind:
             kind.load([manifests.NGINX, manifests.HTTPD, manifests.CLIENT])
-        wait_until_programmed()
+        wait_until(all_is_done)
     except LabError as error:
         say(f"e2e: {error}")
         return 2

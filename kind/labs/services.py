@@ -5,7 +5,8 @@ from __future__ import annotations
 from labs.kubectl import LabError, expect, wait_for
 from labs.lab import Lab, in_url
 from labs.manifests import HTTPD, NGINX, server, service
-from labs.nodes import answer_on_this_machine, node_addresses, wait_until_programmed
+from labs.nodes import answer_on_this_machine, node_addresses
+from labs.programmed import all_is_done, wait_until
 
 NODE_PORT = 30007
 _INGRESS = {4: "203.0.113.10", 6: "2001:db8:113::10"}  # addresses for documentation: nobody has them
@@ -105,7 +106,7 @@ def external_name(lab: Lab) -> None:
     with lab.check(f"both answer at http://alias/, which is {target}"):
         lab.answers("http://alias/", "nginx", "httpd", within=60)
     with lab.check("the nodes' kernels hold what they should"):
-        wait_until_programmed()
+        wait_until(all_is_done)
 
 
 def headless(lab: Lab) -> None:
@@ -129,4 +130,4 @@ def headless(lab: Lab) -> None:
         if not set(seen) <= {"nginx", "httpd"}:
             raise LabError(f"http://{name}/ was answered by {dict(seen)}")
     with lab.check("the nodes' kernels hold what they should"):
-        wait_until_programmed()
+        wait_until(all_is_done)

@@ -27,7 +27,7 @@ def test_the_file_of_each_overlay_is_accepted_without_warnings(mode: str):
     asked = parse([f"--config={DEPLOY}/overlays/{mode}/config.conf"])
 
     assert asked.configuration.mode is ProxyMode(mode)
-    assert asked.kubeconfig == "/var/lib/kproxy/kubeconfig.conf"
+    assert asked.kubeconfig == "/var/lib/kube-proxy/kubeconfig.conf"
     assert asked.warnings == ()
 
 
@@ -60,7 +60,7 @@ def test_the_files_that_the_configuration_names_are_in_the_config_map(name: str)
 
     assert volume["configMap"] == {"name": config_map["metadata"]["name"]}
     assert config_map["data"].keys() == {"config.conf", "kubeconfig.conf"}
-    assert "/var/lib/kproxy/kubeconfig.conf" in config_map["data"]["config.conf"]
+    assert "/var/lib/kube-proxy/kubeconfig.conf" in config_map["data"]["config.conf"]
 
 
 @pytest.mark.parametrize("name", OWN_CONFIGURATION)
@@ -93,7 +93,8 @@ def test_probes_and_metrics_ports_are_where_the_configuration_serves_them(name: 
 
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
 
-    # Every address of the node, for kubelet and Prometheus come from elsewhere.
+    # Every address of the node, for Prometheus and load balancers come from elsewhere.
     assert asked.configuration.healthz_bind_address == f"0.0.0.0:{ports['healthz']}"
     assert asked.configuration.metrics_bind_address == f"0.0.0.0:{ports['metrics']}"
-    assert {container[probe]["httpGet"]["port"] for probe in ("livenessProbe", "readinessProbe")} == {"healthz"}
+    probes = [container[probe]["httpGet"] for probe in ("livenessProbe", "readinessProbe")]
+    assert {(probe["host"], probe["port"]) for probe in probes} == {("127.0.0.1", "healthz")}

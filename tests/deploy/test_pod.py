@@ -68,10 +68,10 @@ class Pod:
         self.kproxy.start()
 
     def probe(self, name: str) -> int:
-        """The HTTP status that a probe of the kubelet gets at the node's address."""
+        """The HTTP status that a probe of the kubelet gets, on the node."""
         get = self.container[name]["httpGet"]
         ports = {port["name"]: port["containerPort"] for port in self.container["ports"]}
-        return self.node.get(f"http://{NODE_IP}:{ports[get['port']]}{get['path']}").status
+        return self.node.get(f"http://{get.get('host', NODE_IP)}:{ports[get['port']]}{get['path']}").status
 
     def wait_until_ready(self) -> None:
         """Wait for the readiness probe. Raises AssertionError with the log."""
@@ -237,6 +237,23 @@ def test_in_the_place_of_kube_proxy_the_mode_is_the_one_that_it_was_to_have(
 
     assert pod.node.get(f"http://127.0.0.1:{METRICS_PORT}/proxyMode").text == runs
     pod.node.connect(CLUSTER_IP, 80).close()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"healthzBindAddress": address} for address in ("", "127.0.0.1", "127.0.0.1:10256", "0.0.0.0:10256", "[::]:10256")]
+    + [{"bindAddress": "::"}],
+    ids=str,
+)
+def test_in_the_place_of_kube_proxy_the_probes_find_the_addresses_that_its_configuration_may_have(
+    setting: dict[str, str], make_pod: MakePod
+):
+    pod = make_pod("replace-kube-proxy", **setting)
+
+    pod.start()
+    pod.wait_until_ready()
+
+    assert pod.probe("livenessProbe") == 200
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ There is no kind here, nor an image of a node. kubectl and what it speaks to are
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,6 +51,7 @@ _TOOLS = (
     "head",
     "mkdir",
     "mktemp",
+    "readlink",
     "rm",
     "sed",
     "sleep",
@@ -76,6 +78,7 @@ class Fakes:
         for name in _TOOLS:
             if name not in missing and (found := shutil.which(name)):
                 (self.path / name).symlink_to(found)
+        (self.path / "python3").symlink_to(sys.executable)
 
     def environment(self, **more: str) -> dict[str, str]:
         """The environment for a script."""

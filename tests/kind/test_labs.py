@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -128,8 +129,27 @@ def test_pages_that_nobody_can_tell_apart_are_refused(kubernetes: Kubernetes) ->
     assert "httpd and nginx show the same page" in done.stdout
 
 
+def test_an_interrupted_run_says_so_and_leaves_nothing(kubernetes: Kubernetes) -> None:
+    with subprocess.Popen(
+        [KIND / "e2e", "--lab", "clusterip"],
+        env=kubernetes.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        next(line for line in process.stdout if "✓ nginx and httpd run" in line)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        printed = process.stdout.read()
+    assert process.returncode == 130
+    assert printed.endswith("e2e: interrupted\n")
+    assert "Traceback" not in printed
+    assert [service["metadata"]["name"] for service in kubernetes.api.objects("Service")] == ["kube-dns"]
+
+
 def test_a_lab_fails_and_says_why_where_no_proxy_follows(kubernetes: Kubernetes) -> None:
-    """Ends kproxy, so it is the last but one."""
+    """Ends kproxy, so only those follow that need none."""
     kubernetes.daemon_sets.freeze("kproxy")
     done = e2e(kubernetes, "--lab", "clusterip", "--patience", "1")
     assert done.returncode == 1
@@ -145,6 +165,14 @@ def test_nothing_is_tried_where_there_is_no_kproxy(kubernetes: Kubernetes) -> No
     done = e2e(kubernetes)
     assert done.returncode == 2
     assert '"kproxy" not found' in done.stdout
+
+
+def test_nothing_is_tried_where_there_are_no_nodes(kubernetes: Kubernetes) -> None:
+    for node in kubernetes.cluster.nodes:
+        kubernetes.api.delete("Node", node.name)
+    done = e2e(kubernetes)
+    assert done.returncode == 2
+    assert done.stdout == "e2e: this cluster has no nodes\n"
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

@@ -34,14 +34,17 @@ def test_shellcheck_finds_nothing() -> None:
 @pytest.mark.parametrize(
     ("script", "arguments", "tools"),
     [
-        ("up", (), ("docker or podman", "kind", "kubectl", "make")),
+        ("up", (), ("docker or podman", "kind", "kubectl", "python3", "make")),
         ("down", (), ("docker or podman", "kind")),
-        ("takeover", (), ("kubectl",)),
+        ("takeover", (), ("kubectl", "python3")),
         ("load", ("kproxy", "nginx"), ("docker or podman", "kind")),
     ],
 )
-def test_all_that_is_missing_is_named_at_once(script: str, arguments: tuple[str, ...], tools: tuple[str, ...]) -> None:
-    done = run(script, *arguments, env={"PATH": "/nonexistent"})
+def test_all_that_is_missing_is_named_at_once(
+    script: str, arguments: tuple[str, ...], tools: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "readlink").symlink_to(shutil.which("readlink") or "")  # every system has it
+    done = run(script, *arguments, env={"PATH": str(tmp_path)})
     assert done.returncode == 1
     assert done.stderr.startswith(f"{script}: missing on this machine:\n")
     assert [line.split(":")[0].strip() for line in done.stderr.splitlines()[1:]] == list(tools)
@@ -88,6 +91,30 @@ def test_down_removes_the_named_cluster_and_only_if_it_is_there(fakes: Fakes) ->
     assert done.returncode == 0
     assert done.stdout == "there is no cluster yours\n"
     assert len(fakes.calls("kind")) == 1
+
+
+@pytest.mark.parametrize("name", ["k.*", "-v"])
+def test_a_clusters_name_is_no_pattern_and_no_option(name: str, fakes: Fakes) -> None:
+    fakes.has_clusters("kproxy")
+    done = run("down", env=fakes.environment(KIND_CLUSTER_NAME=name))
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"there is no cluster {name}\n", "")
+
+    fakes.has_clusters("kproxy", name)
+    done = run("down", env=fakes.environment(KIND_CLUSTER_NAME=name))
+    assert done.returncode == 0, done.stderr
+    assert fakes.calls("kind") == [f"kind delete cluster --name {name}"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_run_from_within_their_directory_and_through_a_link(script: str, fakes: Fakes, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(KIND / script)
+    for command in (["sh", script, "--frob"], [link, "--frob"]):
+        done = subprocess.run(
+            command, cwd=KIND, env=fakes.environment(), capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 1
+        assert f"usage: kind/{script}" in done.stderr
 
 
 def test_load_brings_what_is_here_and_leaves_the_rest_to_the_nodes(fakes: Fakes) -> None:

@@ -111,9 +111,14 @@ def config_map(kubernetes: Kubernetes, namespace: str, name: str, **data: str) -
     kubernetes.store.put(CONFIG_MAPS, {"metadata": {"name": name, "namespace": namespace}, "data": files})
 
 
+def configure_kube_proxy(kubernetes: Kubernetes, mode: str, setting: str = "") -> None:
+    written = f"{CONFIG.format(mode=mode)}{setting}\n"
+    config_map(kubernetes, SYSTEM, "kube-proxy", config_conf=written, kubeconfig_conf=KUBECONFIG)
+
+
 def run_kube_proxy(kubernetes: Kubernetes, mode: str) -> None:
     """kube-proxy as kubeadm sets it up."""
-    config_map(kubernetes, SYSTEM, "kube-proxy", config_conf=CONFIG.format(mode=mode), kubeconfig_conf=KUBECONFIG)
+    configure_kube_proxy(kubernetes, mode)
     labels = {"k8s-app": "kube-proxy"}
     container: Object = {
         "name": "kube-proxy",
@@ -332,12 +337,38 @@ def test_the_way_back_from_ipvs_mode_goes_by_iptables_mode(kubernetes: Kubernete
     ipvs = {"data": {"config.conf": 'mode: "ipvs" # instead of iptables\n'}}
     kubernetes.store.patch(CONFIG_MAPS, Key(SYSTEM, "kproxy"), ipvs)
 
+    configure_kube_proxy(kubernetes, "iptables", "healthzBindAddress: 0.0.0.0:10300")
+    done = run("takeover", "--rollback", env=environment(kubernetes, fakes))
+    assert done.returncode == 1
+    assert "0.0.0.0:10300; the probes of kproxy's pods ask 127.0.0.1:10256. Nothing has been changed" in done.stderr
+    configure_kube_proxy(kubernetes, "iptables")
+
     done = run("takeover", "--rollback", env=environment(kubernetes, fakes))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kproxy's mode is ipvs, kube-proxy's iptables: kproxy changes" in done.stdout
     assert "iptables mode, node node-1: nothing to change" in done.stdout
     assert_kube_proxy_is_back(kubernetes)
     assert answers(kubernetes)
+
+
+@one_node
+def test_takeover_refuses_settings_with_which_kproxy_would_never_be_ready(kubernetes: Kubernetes, fakes: Fakes) -> None:
+    run_kube_proxy(kubernetes, "iptables")
+    for setting, because in (
+        (
+            'healthzBindAddress: "0.0.0.0:10300" # ours',
+            "0.0.0.0:10300; the probes of kproxy's pods ask 127.0.0.1:10256",
+        ),
+        ("healthzBindAddress: 192.0.2.1", "192.0.2.1; the probes of kproxy's pods ask 127.0.0.1:10256"),
+        ("bindAddressHardFail: true", "kproxy would end while kube-proxy has the ports"),
+    ):
+        configure_kube_proxy(kubernetes, "iptables", setting)
+        done = run("takeover", env=environment(kubernetes, fakes))
+        assert done.returncode == 1
+        assert because in done.stderr
+        assert "Nothing has been changed" in done.stderr
+        assert daemon_sets(kubernetes) == {"kube-proxy"}
+        assert Key(SYSTEM, "kproxy-takeover") not in kubernetes.store.tables[CONFIG_MAPS].objects
 
 
 def test_takeover_refuses_what_it_cannot_do(kubernetes: Kubernetes, fakes: Fakes) -> None:
