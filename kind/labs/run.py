@@ -96,7 +96,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="kind/e2e",
         description="Tries Services on the cluster that kubectl reaches, each lab in a namespace of its own.",
-        epilog=f"labs:\n{listed}\n\nVariables: kind/README.md. Exit code 0: all passed, 1: a lab failed, 2: none ran, 130: interrupted.",
+        epilog=f"labs:\n{listed}\n\nVariables: kind/README.md."
+        " Exit code 0: all passed, 1: a lab failed, 2: none ran, 130: interrupted.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--lab", action="append", default=[], choices=LABS, help="only this one; may be repeated")
