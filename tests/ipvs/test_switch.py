@@ -30,8 +30,7 @@ NODE_PORT = 30080
 IDLE = "10.96.0.12"  # nobody is connected to it for long
 CLOSED = 81  # a port of the first one without endpoints
 KUBELET = 10250
-WITHOUT_DETECTOR = "--cluster-cidr="  # the node's connections to cluster IPs are not masqueraded then …
-DETECTING = " ! -s "  # … by these rules
+WITHOUT_DETECTOR = "--cluster-cidr="  # iptables mode does not masquerade the node's connections to cluster IPs then
 LASTING = 3
 CONNECTIONS = 5
 EVERY = 0.2  # seconds: the proxies shall get some of User-Mode Linux's one processor
@@ -76,7 +75,7 @@ def start(cluster: Cluster, node: Node, mode: ProxyMode, folder: Path) -> None:
     """The proxy of the node ends, and one in another mode begins."""
     if node.proxy:
         node.proxy.stop()
-    flags = [*cluster.proxy_flags(node), f"--proxy-mode={mode.value}"]
+    flags = [*cluster.proxy_flags(node), WITHOUT_DETECTOR, f"--proxy-mode={mode.value}"]
     node.proxy = ProxyProcess(node, flags, folder / "kproxy.log")
     node.proxy.start()
     node.proxy.wait_until_synced(seconds=SECONDS)
@@ -133,7 +132,7 @@ def test_iptables_to_ipvs_and_back(cluster: Cluster, node: Node, listening: list
     for stream in there.streams:
         assert stream.answers.keys() == {"web-0", "web-1"}
     assert node.exec("cat", f"/proc/sys/{ROUTE_LOCALNET}") == "0\n"
-    dry_run = cluster.kproxy(node, "--proxy-mode=ipvs", "--dry-run")
+    dry_run = cluster.kproxy(node, WITHOUT_DETECTOR, "--proxy-mode=ipvs", "--dry-run")
     assert dry_run.returncode == 0, dry_run.stdout
 
     with Traffic(ways, LASTING, every=EVERY) as back:
@@ -144,8 +143,8 @@ def test_iptables_to_ipvs_and_back(cluster: Cluster, node: Node, listening: list
         # What is connected through IPVS still needs virtual servers, but nobody gets to them any more.
         assert not re.search("-w [1-9]", node.exec("ipvsadm", "-Sn"))
         assert "virtual servers of ipvs mode stay while they have connections" in done.stdout + done.stderr
-        wanted = [line for line in at_first.splitlines() if DETECTING not in line]
-        assert sorted(line for line in rules(node).splitlines() if not GUARDS.search(line)) == sorted(wanted)
+        kept = [line for line in rules(node).splitlines() if not GUARDS.search(line)]
+        assert sorted(kept) == sorted(at_first.splitlines())
         pod = cluster.pods[0]
         assert reached(pod, [node.ipv4], listening)
         assert reached(pod, [*WEB, IDLE], listening) == []

@@ -36,7 +36,7 @@ from kproxy.dataplane.iptables.rule import (
     VirtualServerMatch,
 )
 from kproxy.dataplane.ipvs import names
-from kproxy.dataplane.ipvs.entries import RuleKey, VirtualServerKey
+from kproxy.dataplane.ipvs.entries import AHEAD, RuleKey, VirtualServerKey
 from kproxy.dataplane.ipvs.options import Options
 from kproxy.dataplane.ipvs.sets import SETS
 from kproxy.model import Family, LocalDetector, NodeFacts, Protocol
@@ -71,6 +71,16 @@ def kept_from_node(load_balancer: VirtualServerKey) -> Block:
     key = RuleKey(family, "filter", names.IPVS_OUT_FILTER, 0, str(load_balancer))
     match = VirtualServerMatch(protocol.lower(), address, port)
     return Block(key, "", (Rule((match,), _DROP, source=Network(f"{address}/{family.bits}")),))
+
+
+def masqueraded_meanwhile(family: Family) -> Block:
+    """Masquerades what the node connects to cluster IPs while rules of iptables mode still translate that.
+
+    As soon as the device has the addresses, the node sends from them. Without a local detector iptables mode leaves the
+    source as it is, and no reply would find back.
+    """
+    key = RuleKey(family, "nat", shared.SERVICES, AHEAD)
+    return Block(key, "", (Rule((_match(family, names.ADDRESSES_SET, "src"),), _MARK),))
 
 
 class _Manner(NamedTuple):

@@ -12,8 +12,8 @@ from kproxy.dataplane.iptables.entries import EXISTS, ChainKey, JumpKey, Tables
 from kproxy.dataplane.iptables.names import Table
 from kproxy.dataplane.iptables.rule import AnyRule, Jump, OpaqueRule, Rule, SetMatch, VirtualServerMatch
 from kproxy.dataplane.ipvs import names
-from kproxy.dataplane.ipvs.blocks import blocks, kept_from_node
-from kproxy.dataplane.ipvs.entries import STRAY, RuleKey, VirtualServerKey
+from kproxy.dataplane.ipvs.blocks import blocks, kept_from_node, masqueraded_meanwhile
+from kproxy.dataplane.ipvs.entries import AHEAD, STRAY, RuleKey, VirtualServerKey
 from kproxy.dataplane.ipvs.jumps import BUILT_IN, CHAINS, jumps_from
 from kproxy.dataplane.ipvs.options import Options
 from kproxy.model import Family, NodeFacts, Protocol
@@ -53,18 +53,18 @@ def laid_out(entries: Mapping[Key, Value]) -> dict[ChainKey, tuple[AnyRule, ...]
             case RuleKey(family, table, chain), tuple(rules):
                 found[ChainKey(family, table, chain)].append((key, rules))
     return {
-        chain: tuple(rule for _, rules in sorted(parts, key=lambda part: part[0]) for rule in rules)
+        chain: tuple(rule for _, rules in sorted(parts, key=lambda part: part[0].place) for rule in rules)
         for chain, parts in found.items()
     }
 
 
 def _blocks(family: Family, table: Table, chain: str, rules: Sequence[AnyRule]) -> Entries:
     found: defaultdict[Key, tuple[AnyRule, ...]] = defaultdict(tuple)
-    latest = RuleKey(family, table, chain, STRAY)
-    for number, rule in enumerate(rules):
+    latest = RuleKey(family, table, chain, AHEAD)
+    for rule in rules:
         key = _block(family, table, chain, rule)
         if key is None or key.place < latest.place or (key in found and key != latest):
-            key = RuleKey(family, table, chain, STRAY, str(number))
+            key = RuleKey(family, table, chain, STRAY, str(rule))
         else:
             latest = key
         found[key] += (rule,)
@@ -90,7 +90,7 @@ def _places(family: Family) -> dict[_Signature, int]:
     """Where blocks stand, by table, chain and the signature that is common to their rules in every configuration."""
     return {
         (block.key.table, block.key.chain, *_signature(rule)): block.key.place
-        for block in blocks(family, NodeFacts(), Options())
+        for block in (*blocks(family, NodeFacts(), Options()), masqueraded_meanwhile(family))
         for rule in block.rules
     }
 

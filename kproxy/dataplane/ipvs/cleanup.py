@@ -86,9 +86,10 @@ def needed_rules(found: Iterable[Change], mark: int) -> Entries:
             case ChainKey(family, "filter", names.IPVS_OUT_FILTER):
                 needed[change.key] = EXISTS
                 addresses = SetMatch(names.set_name(names.ADDRESSES_SET, family), "src")
-                # In the place where it is found again; ipvs mode, should it come back, does not want it.
-                key = RuleKey(family, "filter", names.IPVS_OUT_FILTER, STRAY, "0")
-                needed[key] = (Rule((Conntrack("NEW"), addresses), SetMark(mark, mark)),)
+                masqueraded = Rule((Conntrack("NEW"), addresses), SetMark(mark, mark))
+                # As it is found again; ipvs mode, should it come back, does not want it.
+                key = RuleKey(family, "filter", names.IPVS_OUT_FILTER, STRAY, str(masqueraded))
+                needed[key] = (masqueraded,)
             case key if is_needed(change):
                 needed[key] = change.old
     return needed

@@ -146,10 +146,11 @@ class RuleKey(NamedTuple):
     table: Table
     chain: str
     place: int
-    what: str = ""  # tells blocks with the same place from each other: a virtual server, or where a stray rule stands
+    what: str = ""  # tells blocks with the same place from each other: a virtual server, or the text of a stray rule
 
 
 STRAY = -1
+AHEAD = -2  # in front of stray rules while these still serve; nobody wants it for long
 
 _SHARED_SETS = frozenset(
     names.set_name(name, family)

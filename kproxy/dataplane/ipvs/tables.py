@@ -2,6 +2,8 @@
 
 Rules change seldom, when the first member of a set comes or the last one goes, and there are few. So a chain that gets
 any is read again and written as a whole, all of a table in one commit.
+
+What iptables mode left in chains that both have goes last, so nat KUBE-SERVICES holds the rules of both for a while.
 """
 
 from __future__ import annotations
@@ -13,14 +15,15 @@ from kproxy.dataplane.base import Change, Entries, Key
 from kproxy.dataplane.iptables import commands
 from kproxy.dataplane.iptables.commands import Variant
 from kproxy.dataplane.iptables.entries import ChainKey, JumpKey
-from kproxy.dataplane.iptables.names import Table
+from kproxy.dataplane.iptables.names import SERVICES, Table
 from kproxy.dataplane.iptables.parse import parse_rule
 from kproxy.dataplane.iptables.refusal import refusal
 from kproxy.dataplane.iptables.restore import TABLES, Command, Commit
 from kproxy.dataplane.iptables.rule import AnyRule, OpaqueRule, Rule
 from kproxy.dataplane.iptables.variant import legacy_tables
+from kproxy.dataplane.ipvs.blocks import masqueraded_meanwhile
 from kproxy.dataplane.ipvs.chains import chain_entries, concerns_us, laid_out
-from kproxy.dataplane.ipvs.entries import RuleKey
+from kproxy.dataplane.ipvs.entries import STRAY, RuleKey
 from kproxy.model import Family
 
 TableKey = ChainKey | RuleKey | JumpKey
@@ -69,6 +72,9 @@ def commits(changes: Sequence[Change], present: Mapping[Key, object]) -> list[Co
                 touched[ChainKey(family, table, chain)].append(change)
             case key:
                 raise TypeError(f"{key!r} has nothing to do with iptables")
+    for key, of_chain in touched.items():
+        if (key.table, key.chain) == ("nat", SERVICES):
+            of_chain += _of_both_modes(key, of_chain, wanted)
     chains = laid_out(wanted)
     planned = []
     for table in TABLES:
@@ -100,6 +106,18 @@ def commits(changes: Sequence[Change], present: Mapping[Key, object]) -> list[Co
         if commanded := [*before, *emptied, *filled, *added, *deleted]:
             planned.append(Commit(table, commanded))
     return planned
+
+
+def _of_both_modes(chain: ChainKey, changes: Sequence[Change], wanted: Entries) -> list[Change]:
+    """Puts into `wanted` what a chain needs while it holds rules of both modes. Returns what goes when that is over."""
+    ahead = masqueraded_meanwhile(chain.family)
+    places = {key.place for key in wanted if isinstance(key, RuleKey) and key[:3] == chain}
+    if STRAY in places and max(places) > STRAY:
+        if any(change.new is not None for change in changes):  # else rules only go
+            wanted[ahead.key] = ahead.rules
+    elif ahead.key in wanted:
+        return [Change(ahead.key, wanted.pop(ahead.key), None)]
+    return []
 
 
 def _rules(value: object) -> tuple[AnyRule, ...]:
