@@ -24,6 +24,7 @@ from kproxy.explain.ipvs import explain
 from kproxy.metrics.connections import Reading
 from kproxy.metrics.families import IptablesMetrics
 from kproxy.model import Endpoint, Family, Frontend, Route, ServicePortName
+from kproxy.node_addresses import node_port_cidrs
 from kproxy.proxy import Observer
 from kproxy.reconcile import SyncReport
 from kproxy.sysctl import Setting
@@ -45,6 +46,7 @@ class Ipvs:
             families,
             chosen,
             excluded=ipvs.exclude_cidrs,
+            node_ports=node_port_cidrs(configuration.node_port_addresses, {}),
             drain_seconds=settings.ipvs.drain_timeout.seconds,
         )
         features = self.kernel.probe(scheduler)

@@ -182,12 +182,12 @@ def elaborate(family: Family, number: int, protocol: Protocol = Protocol.TCP) ->
     )
 
 
-def entries(*routes: Route, options: Options | None = None) -> Entries:
+def entries(*routes: Route, options: Options | None = None, facts: NodeFacts = FACTS) -> Entries:
     """All that the kernel must hold for some service ports."""
     options = options or Options()
-    found = dict(render_base(FACTS, options))
+    found = dict(render_base(facts, options))
     for one in routes:
-        found |= render_route(one, FACTS, options)
+        found |= render_route(one, facts, options)
     return found
 
 

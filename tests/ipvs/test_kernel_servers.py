@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
 from kproxy.cluster import ClusterState
@@ -32,7 +33,7 @@ from tests.ipvs.kernel_host import (
     route,
     virtual_server,
 )
-from tests.lab.cluster_objects import service
+from tests.lab.cluster_objects import port, service
 from tests.lab.namespaces import Namespace
 from tests.lab.waiting import eventually
 from tests.reconcile.driven import changed
@@ -195,6 +196,22 @@ def test_in_excluded_addresses_what_services_have_is_ours_and_the_rest_is_not_to
     assert host.servers() == strangers
 
 
+def test_an_excluded_address_without_node_ports_keeps_what_others_have_at_their_numbers(host: Host) -> None:
+    elsewhere = "10.20.0.1"
+    host.netns.command("ip", "address", "add", f"{elsewhere}/24", "dev", "eth0")
+    host.restart(excluded=["192.168.0.0/16"], node_ports={V4: [f"{elsewhere}/32"]})
+    wanted = entries(
+        route(V4, 1, 1, node_port=30001), facts=msgspec.structs.replace(FACTS, node_port_addresses={V4: (elsewhere,)})
+    )
+    stranger = f"-A -t {NODE[V4]}:30001 -s wlc"
+    host.command("ipvsadm", "-R", stdin=f"{stranger}\n")
+    host.bring_to(wanted)
+    host.restart(excluded=["192.168.0.0/16"], node_ports={V4: [f"{elsewhere}/32"]})
+    assert diff(wanted, host.read()) == []
+    host.bring_to({})
+    assert host.servers() == [stranger]
+
+
 @pytest.mark.parametrize("family", list(Family))
 def test_a_new_process_removes_node_ports_that_are_not_wanted_any_more(host: Host, family: Family) -> None:
     host.bring_to(
@@ -302,6 +319,24 @@ def test_a_refused_service_stays_as_it_was_and_the_others_go_in(host: Host) -> N
     assert "-a -t 10.96.1.2:80 -r 10.1.0.2:8080 -m -w 1" in host.servers()
 
 
+def test_a_virtual_server_that_two_services_share_keeps_what_the_other_needs(host: Host) -> None:
+    cluster = ClusterState(FACTS.name, note=lambda text: None)
+    one = service("one", "10.96.1.1", type="NodePort", ports=[port(80, node_port=30080)])
+    other = service("other", "10.96.1.2", externalIPs=[NODE[V4]], ports=[port(30080)])
+    for item in (one, endpoints("one", pod(V4, 1)), other, endpoints("other", pod(V4, 1), pod(V4, 2))):
+        cluster.apply(changed(item))
+    reconciler = Reconciler(cluster, IpvsDataplane(host.kernel, Options()), FACTS)
+    host.netns.run(reconciler.sync)
+    assert host.netns.run(reconciler.plan) == []
+
+    cluster.apply(changed(endpoints("other")))
+    host.netns.run(reconciler.sync)
+
+    assert [line for line in host.servers() if f"{NODE[V4]}:30080 -r" in line] == [
+        f"-a -t {NODE[V4]}:30080 -r {pod(V4, 1)}:8080 -m -w 1"
+    ]
+
+
 def test_what_was_flushed_is_told_and_comes_back(host: Host) -> None:
     before, after = entries(route(V4, 1, 1)), entries(route(V4, 1, 1, 2))
     host.bring_to(before)
@@ -365,7 +400,7 @@ def test_the_probe_makes_nothing(host: Host) -> None:
     assert not [line for line in host.saved() if "KUBE" in line]
 
 
-@pytest.mark.parametrize("scheduler", ["fancy", "longer-than-the-kernel-takes"])
+@pytest.mark.parametrize("scheduler", ["fancy", "longer-than-the-kernel-takes", "none"])
 def test_a_scheduler_that_the_kernel_does_not_have(host: Host, scheduler: str) -> None:
     left_by_a_kube_proxy_that_was_killed = "-A -t 198.51.100.0:20000 -s rr"
     host.command("ipvsadm", "-R", stdin=f"{left_by_a_kube_proxy_that_was_killed}\n")

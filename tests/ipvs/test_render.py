@@ -408,6 +408,7 @@ def test_what_services_have_in_common_is_shared_and_nothing_else() -> None:
         MemberKey("KUBE-IPVS-IPS", Member("10.96.0.1")),
         VirtualServerKey(V4, "10.96.0.1", Protocol.TCP, 80),
         VirtualServerKey(V4, "198.51.100.1", Protocol.TCP, 80),
+        *(key for key in first if isinstance(key, RealServerKey)),
     }
 
 

@@ -148,7 +148,7 @@ class OpenedIpvs:
     def remove(self) -> None:
         families = self.kernel.families
         for variant in Variant:
-            ipvs_cleanup.remove_rules(variant, ipvs_cleanup.rules_left(variant, families))
+            ipvs_cleanup.write_rules(variant, ipvs_cleanup.rules_left(variant, families))
         ipvs_cleanup.remove_servers(ipvs_cleanup.servers_left(families))
 
     def close(self) -> None:

@@ -121,7 +121,7 @@ def servers_left(families: Sequence[Family], excluded: Iterable[str] = ()) -> li
     noted = _sets(families) | dict.fromkeys(device.addresses(), EXISTS)
     found: dict[Key, Value] = {}
     if noted and Path("/proc/thread-self/net/ip_vs").exists():
-        found |= _virtual_servers(families, noted, Ownership(excluded))
+        found |= _virtual_servers(families, noted, Ownership(excluded, {}))
     if device.index():
         found[DeviceKey()] = EXISTS
     return diff({}, found)

@@ -162,10 +162,10 @@ _SHARED_SETS = frozenset(
 def is_shared(key: Key) -> bool:
     """Whether Services can have an entry in common, so that it stays while any of them needs it.
 
-    Virtual servers: an address of the node as external IP, with the number of another Service's node port.
+    Servers: an address of the node as external IP, with the number of another Service's node port.
     """
     match key:
-        case RuleKey() | AddressKey() | VirtualServerKey():
+        case RuleKey() | AddressKey() | VirtualServerKey() | RealServerKey():
             return True
         case MemberKey(name):
             return name in _SHARED_SETS

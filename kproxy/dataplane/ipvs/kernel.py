@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Self
 
 from kproxy.dataplane.base import Change, Entries
@@ -25,8 +25,9 @@ from kproxy.node_addresses import local_addresses
 class IpvsKernel:
     """What is ours in the network namespace of the calling thread. Raises UnsupportedError and OSError.
 
-    `excluded`: CIDRs whose virtual servers are left alone, but those of Services. `drain_seconds`: how long a real
-    server that is not wanted any more may keep its TCP connections; `clock` measures that.
+    `excluded`: CIDRs whose virtual servers are left alone, but those of Services. `node_ports`: see `Ownership`.
+    `drain_seconds`: how long a real server that is not wanted any more may keep its TCP connections; `clock` measures
+    that.
     Reading, writing and draining may be asked of different threads.
     """
 
@@ -36,13 +37,14 @@ class IpvsKernel:
         variant: Variant,
         *,
         excluded: Iterable[str] = (),
+        node_ports: Mapping[Family, Sequence[str] | None] | None = None,
         drain_seconds: float = DRAIN_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.families = tuple(families)
         self.variant = variant
         self._servers = Servers()
-        self._ownership = Ownership(excluded)
+        self._ownership = Ownership(excluded, node_ports or {})
         self._draining = Draining(drain_seconds, clock)
         self._lock = threading.Lock()
 

@@ -32,6 +32,7 @@ _ALL_FLAGS = 0xFFFFFFFF
 _MASQUERADING, _TUNNEL, _METHODS = 0, 2, 0x7  # IP_VS_CONN_F_MASQ, IP_VS_CONN_F_TUNNEL, IP_VS_CONN_F_FWD_MASK
 _GONE = frozenset((errno.ESRCH, errno.ENOENT))
 _NOWHERE = VirtualServerKey(Family.IPv6, "2001:db8::", Protocol.TCP, 20000)  # an address for documentation
+_NO_SCHEDULER = "none"  # the kernel takes that, and refuses every connection
 _LONGEST_SCHEDULER = 15  # characters of its name that the kernel takes
 
 # Attributes of real servers, and of virtual servers around them (IPVS_CMD_ATTR_*, IPVS_SVC_ATTR_*, IPVS_DEST_ATTR_*).
@@ -121,7 +122,7 @@ class Servers:
         It asks for a virtual server that there cannot be. The kernel looks for the scheduler before it comes to the
         netmask. Where IPVS does not know IPv6 it looks for nothing; true then.
         """
-        if len(name.encode()) > _LONGEST_SCHEDULER:
+        if name == _NO_SCHEDULER or len(name.encode()) > _LONGEST_SCHEDULER:
             return False
         impossible = _identity(_NOWHERE) + _settings(VirtualServer(name), netmask=0)
         service = [("IPVS_CMD_ATTR_SERVICE", nested(impossible))]
