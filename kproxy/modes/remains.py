@@ -18,7 +18,7 @@ from kproxy.dataplane.iptables import describe as iptables_describe
 from kproxy.dataplane.iptables.commands import Variant
 from kproxy.dataplane.iptables.entries import BlockKey, ChainKey, JumpKey
 from kproxy.dataplane.iptables.kernel import IptablesKernel
-from kproxy.dataplane.iptables.variant import contents, legacy_tables
+from kproxy.dataplane.iptables.variant import contents, find, legacy_tables
 from kproxy.dataplane.ipvs import cleanup as ipvs_cleanup
 from kproxy.dataplane.ipvs import describe as ipvs_describe
 from kproxy.dataplane.ipvs import device
@@ -67,12 +67,12 @@ def places(
     if but is not ProxyMode.IPVS:
         yield partial(_ipvs_servers, families, excluded, masquerade_mark is not None)
         for variant in Variant:
-            yield partial(_ipvs_rules, variant, families, masquerade_mark)
+            yield partial(_ipvs_rules, variant, families, masquerade_mark, but)
         yield partial(_ipvs_sets, families, masquerade_mark is not None)
     if but is not ProxyMode.IPTABLES:
         yield partial(_localhost, families)  # first, while the rule is there that guards it
         for variant in Variant:
-            yield partial(_iptables, variant, families)
+            yield partial(_iptables, variant, families, but)
 
 
 def _nftables() -> Remains | None:
@@ -94,8 +94,11 @@ def _ipvs_servers(families: Sequence[Family], excluded: Sequence[str], patient: 
     return Remains("ipvs mode", changes, ipvs_describe.describe, remove, staying) if found else None
 
 
-def _ipvs_rules(variant: Variant, families: Sequence[Family], masquerade_mark: int | None) -> Remains | None:
-    found = ipvs_cleanup.rules_left(variant, families)
+def _ipvs_rules(
+    variant: Variant, families: Sequence[Family], masquerade_mark: int | None, but: ProxyMode | None
+) -> Remains | None:
+    comes = but is ProxyMode.IPTABLES and variant is find(families)
+    found = ipvs_cleanup.rules_left(variant, families, iptables_mode_comes=comes)
     needed = ipvs_cleanup.needed_rules(found, masquerade_mark) if masquerade_mark is not None and device.index() else {}
     changes = diff(needed, {change.key: change.old for change in found})
     staying = [change for change in found if change.key in needed]
@@ -151,9 +154,10 @@ def _others_need_localnet(variant: Variant) -> bool:
     return any("--to-destination 127." in (rule or "") and not chain.startswith("KUBE-") for _, chain, rule in rules)
 
 
-def _iptables(variant: Variant, families: Sequence[Family]) -> Remains | None:
-    # Some chains have the same names in ipvs mode; where that is in place they are its own.
-    ipvs = _families_of_ipvs(variant, families)
+def _iptables(variant: Variant, families: Sequence[Family], but: ProxyMode | None) -> Remains | None:
+    # Some chains have the same names in ipvs mode; where that is in place, or about to be, they are its own.
+    comes = but is ProxyMode.IPVS and variant is find(families)
+    ipvs = families if comes else _families_of_ipvs(variant, families)
     changes = cleanup.leftovers(variant, [family for family in families if family not in ipvs])
     changes += [c for c in cleanup.leftovers(variant, ipvs) if not _is_ipvs_modes(c)]
     remove = partial(cleanup.remove, variant, families, changes)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ pytestmark = pytest.mark.ipvs
 
 STRANGER = "-A -t 203.0.113.77:99 -s wlc\n"
 SECONDS = 120.0
+RULE = re.compile(r"^-A (\S+) (.*)$", re.MULTILINE)
 
 
 @pytest.fixture
@@ -29,9 +33,9 @@ def shop(**spec: str) -> list[Object]:
     return [service("shop", "10.96.0.20", type="NodePort", ports=ports, **spec), endpoints("shop", "10.0.0.3")]
 
 
-def kproxy(here: OneNode, action: str, *flags: str, status: int) -> str:
+def kproxy(here: OneNode, action: str, *flags: str, status: int, mode: str = "ipvs") -> str:
     """Run kproxy, check how it ended, and give back what it printed."""
-    done = here.kproxy("--proxy-mode=ipvs", action, *flags, timeout=SECONDS)
+    done = here.kproxy(f"--proxy-mode={mode}", action, *flags, timeout=SECONDS)
     assert done.returncode == status, (done.stdout, done.stderr)
     return str(done.stdout + done.stderr)
 
@@ -68,6 +72,28 @@ def test_what_a_dry_run_tells_and_a_cleanup_leaves(here: OneNode) -> None:
     assert "kube-ipvs0" not in host.exec("ip", "link")
     saved = host.exec("iptables-legacy-save") + host.exec("ip6tables-legacy-save")
     assert "KUBE-" not in saved
+
+
+def going(here: OneNode, text: str) -> set[str]:
+    """The rules in the kernel that a dry run would remove."""
+    told: defaultdict[str, str] = defaultdict(str)
+    for program, table, chain, rules in re.findall(r"^ +- (ip6?tables) (\S+) chain (\S+): (.*)$", text, re.MULTILINE):
+        told[f"{program} -t {table} -A {chain}"] += f"; {rules}; "
+    return {
+        f"{where} {rule}"
+        for program, table in product(("iptables", "ip6tables"), ("nat", "filter", "mangle"))
+        for chain, rule in RULE.findall(here.host.exec(f"{program}-legacy-save", "-t", table))
+        if f"; {rule}; " in told[where := f"{program} -t {table} -A {chain}"]
+    }
+
+
+def test_a_dry_run_over_iptables_mode_tells_what_goes(here: OneNode) -> None:
+    source = f"--manifests={here.manifests(*web(), *shop())}"
+    kproxy(here, "--once", source, status=0, mode="iptables")
+    text = kproxy(here, "--dry-run", source, status=1)
+    assert going(here, text)
+    kproxy(here, "--once", source, status=0)
+    assert going(here, text) == set()
 
 
 def test_a_scheduler_that_there_is_not(here: OneNode) -> None:

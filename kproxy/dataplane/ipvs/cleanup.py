@@ -58,8 +58,11 @@ _SERVED = (names.LOAD_BALANCER_SET, names.CLUSTER_IP_SET, names.EXTERNAL_IP_SET,
 _NAMED = (*_SERVED, names.HEALTH_CHECK_SET, names.ADDRESSES_SET)
 
 
-def rules_left(variant: Variant, families: Sequence[Family]) -> list[Change]:
-    """Chains, rules and jumps to remove of one variant. Changes nothing. Raises UnsupportedError and OSError."""
+def rules_left(variant: Variant, families: Sequence[Family], *, iptables_mode_comes: bool = False) -> list[Change]:
+    """Chains, rules and jumps to remove of one variant. Changes nothing. Raises UnsupportedError and OSError.
+
+    `iptables_mode_comes`: it is in place, or will be before they are removed.
+    """
     held = contents(variant, families).chains
     ours = {family for family, table, chain in held if (table, chain) in _OWN}
     if not ours:
@@ -68,7 +71,7 @@ def rules_left(variant: Variant, families: Sequence[Family]) -> list[Change]:
         raise UnsupportedError(
             f"the {variant} variant of iptables holds rules of ipvs mode, but {', '.join(absent)} missing"
         )
-    in_use = {family for family in families if (family, *_OF_IPTABLES_MODE) in held}
+    in_use = {family for family in families if iptables_mode_comes or (family, *_OF_IPTABLES_MODE) in held}
     found = tables.read(variant, [family for family in families if family in ours])
     return [change for change in diff({}, found) if _goes(change.key, change.old, in_use)]
 
