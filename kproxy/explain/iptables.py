@@ -12,7 +12,7 @@ from ipaddress import ip_address, ip_network
 
 import msgspec
 
-from kproxy.explain.terms import Action, Explanation, Node, Packet, translated
+from kproxy.explain.terms import Action, Explanation, Node, Packet, is_loopback, translated
 from kproxy.model import Family, FrontendKind, Outcome, Route, join_host_port
 
 _REFUSALS = {Outcome.REJECT: Action.REJECT, Outcome.DROP: Action.DROP}
@@ -50,7 +50,7 @@ class _Walk:
                 return found
         if self._reaches_node_ports():
             for route in routes:
-                if self._is_node_port(route) and route.has_any:
+                if self.packet.is_at_node_port(route) and route.has_any:
                     self._at(FrontendKind.NODE_PORT, route)
                     if found := self._external(route):
                         return found
@@ -58,7 +58,7 @@ class _Walk:
 
     def _to_addresses(self, route: Route) -> Explanation | None:
         """The rules of a service port's addresses, in their order."""
-        for kind in self._kinds(route):
+        for kind in self.packet.kinds_at(route):
             if kind is FrontendKind.CLUSTER_IP:
                 if route.internal in (Outcome.CLUSTER, Outcome.LOCAL):
                     self._at(kind, route)
@@ -100,14 +100,14 @@ class _Walk:
         """What the filter table refuses. Two service ports that refuse the same packet: the order has no meaning."""
         packet, node = self.packet, self.node
         is_sent, stays = not packet.interface, node.is_own(packet.destination)
-        if self.localhost_node_ports and _is_loopback(packet.destination) and not _is_loopback(packet.source):
+        if self.localhost_node_ports and is_loopback(packet.destination) and not is_loopback(packet.source):
             return self._refused(Action.DROP, "KUBE-FIREWALL keeps others from what listens on loopback")
         for route in routes:
-            if self._has_firewall(route) and FrontendKind.LOAD_BALANCER in self._kinds(route):
+            if self._has_firewall(route) and FrontendKind.LOAD_BALANCER in self.packet.kinds_at(route):
                 return self._refused(Action.DROP, f"KUBE-PROXY-FIREWALL guards {packet.destination}", route)
         if is_sent or not stays:
             for route in routes:
-                if FrontendKind.CLUSTER_IP in self._kinds(route) and route.internal in _REFUSALS:
+                if FrontendKind.CLUSTER_IP in self.packet.kinds_at(route) and route.internal in _REFUSALS:
                     self._at(FrontendKind.CLUSTER_IP, route)
                     return self._refused(_REFUSALS[route.internal], _WHY[route.internal], route)
         if is_sent and not stays:
@@ -124,8 +124,8 @@ class _Walk:
     def _refused_kinds(self, route: Route) -> Iterator[FrontendKind]:
         """The rules of KUBE-EXTERNAL-SERVICES that take the packet: node ports are refused on every local address."""
         if route.external in _REFUSALS:
-            yield from (kind for kind in self._kinds(route) if kind is not FrontendKind.CLUSTER_IP)
-            if self._is_node_port(route) and self.node.is_own(self.packet.destination):
+            yield from (kind for kind in self.packet.kinds_at(route) if kind is not FrontendKind.CLUSTER_IP)
+            if self.packet.is_at_node_port(route) and self.node.is_own(self.packet.destination):
                 yield FrontendKind.NODE_PORT
 
     def passes(self) -> Explanation:
@@ -136,25 +136,9 @@ class _Walk:
             reason = f"{where}/{self.packet.protocol} is no service's address or node port"
         return Explanation(Action.PASS, (*self.reasons, reason))
 
-    def _kinds(self, route: Route) -> list[FrontendKind]:
-        """What the packet's destination is to a service port that has it; the order is that of the rules."""
-        port, packet = route.service_port, self.packet
-        owned = {frontend.address for _, frontend in route.frontends}
-        if port.port != packet.port or packet.destination not in owned:
-            return []
-        addresses = (
-            (FrontendKind.CLUSTER_IP, (port.cluster_ip,)),
-            (FrontendKind.EXTERNAL_IP, port.external_ips),
-            (FrontendKind.LOAD_BALANCER, port.load_balancer_ips),
-        )
-        return [kind for kind, among in addresses if packet.destination in among]
-
-    def _is_node_port(self, route: Route) -> bool:
-        return any(kind is FrontendKind.NODE_PORT and f.port == self.packet.port for kind, f in route.frontends)
-
     def _reaches_node_ports(self) -> bool:
         address = self.packet.destination
-        if not self.node.is_own(address) or (_is_loopback(address) and not self.localhost_node_ports):
+        if not self.node.is_own(address) or (is_loopback(address) and not self.localhost_node_ports):
             return False
         chosen = self.node.facts.node_port_addresses.get(self.packet.family)
         return chosen is None or address in chosen
@@ -195,7 +179,3 @@ class _Walk:
 
     def _refused(self, action: Action, why: str, route: Route | None = None) -> Explanation:
         return Explanation(action, (*self.reasons, why), service_port=route.service_port if route else None)
-
-
-def _is_loopback(address: str) -> bool:
-    return ip_address(address).is_loopback

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from ipaddress import ip_address, ip_network
 
-from kproxy.explain.terms import Action, Explanation, Node, Packet
+from kproxy.explain.terms import Action, Explanation, Node, Packet, is_loopback
 from kproxy.model import Endpoint, FrontendKind, Outcome, Protocol, Route, ServicePort, join_host_port
 
 _OUTSIDE = (FrontendKind.EXTERNAL_IP, FrontendKind.LOAD_BALANCER)
@@ -38,7 +38,7 @@ class _Walk:
         self.own_addresses = node.facts.addresses.get(packet.family, ())
         chosen = node.facts.node_port_addresses.get(packet.family)
         self.node_port_addresses = self.own_addresses if chosen is None else chosen
-        self.at_address = [(route, kind) for route in self.concerned for kind in self._kinds(route)]
+        self.at_address = [(route, kind) for route in self.concerned for kind in self.packet.kinds_at(route)]
 
     # --- the filter table on the way in ---
 
@@ -89,7 +89,7 @@ class _Walk:
             if packet.source == packet.destination and not self._node_is_within(guarded):
                 reasons.append(f"KUBE-IPVS-OUT-FILTER: this node is in none of {', '.join(guarded.source_ranges)}")
                 return Explanation(Action.DROP, tuple(reasons), service_port=guarded)
-        if _is_loopback(packet.source) and any(e.address not in self.own_addresses for e in endpoints):
+        if is_loopback(packet.source) and any(e.address not in self.own_addresses for e in endpoints):
             reasons.append("IPVS sends nothing from a loopback address to another machine or pod")
             return Explanation(Action.DROP, tuple(reasons), service_port=port)
         masquerade = self._is_marked(reasons)
@@ -101,9 +101,9 @@ class _Walk:
     def _serving(self) -> Iterator[tuple[Route, FrontendKind]]:
         """Whose endpoints it has: two Services' where an external IP of the node meets a node port."""
         for route in self.concerned:
-            if kinds := self._kinds(route):
+            if kinds := self.packet.kinds_at(route):
                 yield route, kinds[0]
-            elif self._has_node_port(route) and self.packet.destination in self.node_port_addresses:
+            elif self.packet.is_at_node_port(route) and self.packet.destination in self.node_port_addresses:
                 yield route, FrontendKind.NODE_PORT
 
     def _real_servers(self, route: Route, kind: FrontendKind, reasons: list[str]) -> tuple[Endpoint, ...]:
@@ -130,7 +130,7 @@ class _Walk:
     def _is_marked(self, reasons: list[str]) -> bool:
         """Whether KUBE-SERVICES asks for masquerading."""
         packet = self.packet
-        if _is_loopback(packet.source):
+        if is_loopback(packet.source):
             return False
         found = []
         for route, kind in self.at_address:
@@ -164,7 +164,7 @@ class _Walk:
 
     def _marks_node_port(self, route: Route) -> bool:
         """Whether a node port's number asks for masquerading; only those of SCTP are known with their addresses."""
-        if not self._has_node_port(route) or route.service_port.external_local:
+        if not self.packet.is_at_node_port(route) or route.service_port.external_local:
             return False
         if self.packet.protocol is Protocol.SCTP:
             return self.packet.destination in self.node_port_addresses
@@ -188,21 +188,6 @@ class _Walk:
 
     # --- what sets and the device hold ---
 
-    def _kinds(self, route: Route) -> list[FrontendKind]:
-        """What the packet's destination is to a service port that has it; the order is that of the virtual servers."""
-        port, packet = route.service_port, self.packet
-        if port.port != packet.port or not any(f.address == packet.destination for _, f in route.frontends):
-            return []
-        addresses = (
-            (FrontendKind.CLUSTER_IP, (port.cluster_ip,)),
-            (FrontendKind.EXTERNAL_IP, port.external_ips),
-            (FrontendKind.LOAD_BALANCER, port.load_balancer_ips),
-        )
-        return [kind for kind, among in addresses if packet.destination in among]
-
-    def _has_node_port(self, route: Route) -> bool:
-        return any(kind is FrontendKind.NODE_PORT and f.port == self.packet.port for kind, f in route.frontends)
-
     def _is_health_check(self) -> bool:
         """Whether somebody on this node answers health checks at the port, whatever the protocol and the address."""
         ports = (
@@ -221,12 +206,8 @@ class _Walk:
 
     def _is_local(self) -> bool:
         address = self.packet.destination
-        return address in self.own_addresses or _is_loopback(address) or self._is_bound()
+        return address in self.own_addresses or is_loopback(address) or self._is_bound()
 
 
 def _words(kind: FrontendKind, port: ServicePort) -> str:
     return f"{kind} of service port {port.name} ({port.name.protocol})"
-
-
-def _is_loopback(address: str) -> bool:
-    return ip_address(address).is_loopback

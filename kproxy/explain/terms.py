@@ -7,7 +7,7 @@ from ipaddress import ip_address, ip_network
 
 import msgspec
 
-from kproxy.model import Endpoint, Family, LocalDetector, NodeFacts, Protocol, Route, ServicePort
+from kproxy.model import Endpoint, Family, FrontendKind, LocalDetector, NodeFacts, Protocol, Route, ServicePort
 
 
 class Packet(msgspec.Struct, frozen=True):
@@ -23,6 +23,22 @@ class Packet(msgspec.Struct, frozen=True):
     def family(self) -> Family:
         """Family of both addresses."""
         return Family.of(self.destination)
+
+    def kinds_at(self, route: Route) -> list[FrontendKind]:
+        """What the destination is to a service port that has it, node ports aside, in kube-proxy's order."""
+        port = route.service_port
+        if port.port != self.port or not any(f.address == self.destination for _, f in route.frontends):
+            return []
+        addresses = (
+            (FrontendKind.CLUSTER_IP, (port.cluster_ip,)),
+            (FrontendKind.EXTERNAL_IP, port.external_ips),
+            (FrontendKind.LOAD_BALANCER, port.load_balancer_ips),
+        )
+        return [kind for kind, among in addresses if self.destination in among]
+
+    def is_at_node_port(self, route: Route) -> bool:
+        """Whether it goes to the number of a service port's node port, whatever the address."""
+        return any(kind is FrontendKind.NODE_PORT and f.port == self.port for kind, f in route.frontends)
 
 
 class Action(StrEnum):
@@ -62,7 +78,12 @@ class Node(msgspec.Struct, frozen=True):
 
     def is_own(self, address: str) -> bool:
         """Whether an address is one of the node's: all of loopback is."""
-        return address in self.addresses or ip_address(address).is_loopback
+        return address in self.addresses or is_loopback(address)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address is one of loopback."""
+    return ip_address(address).is_loopback
 
 
 def _detects(detector: LocalDetector, packet: Packet) -> bool:
