@@ -92,7 +92,8 @@ def dry_run(invocation: Invocation, *, as_json: bool, color: bool) -> int:
     differences = parts.reconciler.plan()
     dataplane = parts.opened.dataplane
     remains = []
-    for place in places(parts.families, but=parts.mode, excluded=parts.configuration.ipvs.exclude_cidrs):
+    excluded = parts.configuration.ipvs.exclude_cidrs
+    for place in places(parts.families, but=parts.mode, excluded=excluded, ahead=True):
         try:
             if found := place():
                 remains.append(found)

@@ -53,6 +53,7 @@ def places(
     *,
     excluded: Sequence[str] = (),
     masquerade_mark: int | None = None,
+    ahead: bool = False,
 ) -> Iterator[Callable[[], Remains | None]]:
     """A function for each place where a mode other than `but` may have left something; None if it has not.
 
@@ -61,18 +62,20 @@ def places(
 
     `masquerade_mark`: the packet mark by which the mode `but` masquerades. With it, virtual servers that have
     connections stay, without new ones, and so does what keeps their addresses from doing harm. None: all goes.
+    `ahead`: `but` may not be in place yet, and what it will have in common with others stays.
     """
     if but is not ProxyMode.NFTABLES:
         yield _nftables
     if but is not ProxyMode.IPVS:
         yield partial(_ipvs_servers, families, excluded, masquerade_mark is not None)
         for variant in Variant:
-            yield partial(_ipvs_rules, variant, families, masquerade_mark, but)
+            comes = ahead and but is ProxyMode.IPTABLES
+            yield partial(_ipvs_rules, variant, families, masquerade_mark, comes)
         yield partial(_ipvs_sets, families, masquerade_mark is not None)
     if but is not ProxyMode.IPTABLES:
         yield partial(_localhost, families)  # first, while the rule is there that guards it
         for variant in Variant:
-            yield partial(_iptables, variant, families, but)
+            yield partial(_iptables, variant, families, ahead and but is ProxyMode.IPVS)
 
 
 def _nftables() -> Remains | None:
@@ -95,9 +98,9 @@ def _ipvs_servers(families: Sequence[Family], excluded: Sequence[str], patient: 
 
 
 def _ipvs_rules(
-    variant: Variant, families: Sequence[Family], masquerade_mark: int | None, but: ProxyMode | None
+    variant: Variant, families: Sequence[Family], masquerade_mark: int | None, iptables_mode_comes: bool
 ) -> Remains | None:
-    comes = but is ProxyMode.IPTABLES and variant is find(families)
+    comes = iptables_mode_comes and variant is find(families)
     found = ipvs_cleanup.rules_left(variant, families, iptables_mode_comes=comes)
     needed = ipvs_cleanup.needed_rules(found, masquerade_mark) if masquerade_mark is not None and device.index() else {}
     changes = diff(needed, {change.key: change.old for change in found})
@@ -154,9 +157,9 @@ def _others_need_localnet(variant: Variant) -> bool:
     return any("--to-destination 127." in (rule or "") and not chain.startswith("KUBE-") for _, chain, rule in rules)
 
 
-def _iptables(variant: Variant, families: Sequence[Family], but: ProxyMode | None) -> Remains | None:
+def _iptables(variant: Variant, families: Sequence[Family], ipvs_mode_comes: bool) -> Remains | None:
     # Some chains have the same names in ipvs mode; where that is in place, or about to be, they are its own.
-    comes = but is ProxyMode.IPVS and variant is find(families)
+    comes = ipvs_mode_comes and variant is find(families)
     ipvs = families if comes else _families_of_ipvs(variant, families)
     changes = cleanup.leftovers(variant, [family for family in families if family not in ipvs])
     changes += [c for c in cleanup.leftovers(variant, ipvs) if not _is_ipvs_modes(c)]
