@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import threading
 import time
@@ -12,6 +13,7 @@ from tests.lab.host import Host
 from tests.lab.waiting import eventually
 
 SILENCE_SECONDS = 1.0
+_UNREACHABLE = {errno.EHOSTUNREACH, errno.ENETUNREACH}
 _LOOK_SECONDS = 0.2  # where one looks again anyway
 
 
@@ -29,14 +31,16 @@ def who_answers(host: Host, url: str, connections: int) -> Counter[str]:
 
 
 def try_once(host: Host, url: str, *, patience: float = SILENCE_SECONDS) -> str | NoAnswer:
-    """The pod that answers a new connection, or how it fails."""
+    """The pod that answers a new connection, or how it fails. Raises OSError where it fails otherwise."""
     try:
         return host.get(url, timeout=patience).pod
     except ConnectionRefusedError:
         return NoAnswer.REFUSED
     except TimeoutError:
         return NoAnswer.SILENCE
-    except OSError:
+    except OSError as error:
+        if error.errno not in _UNREACHABLE:
+            raise
         return NoAnswer.UNREACHABLE
 
 
