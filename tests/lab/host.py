@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
+import os
 import socket
 import time
 from typing import NamedTuple
@@ -63,6 +65,7 @@ class Host:
         try:
             connection.settimeout(timeout)
             connection.connect((address, port))
+            _make_sure_of(connection, time.monotonic() + timeout)
         except OSError:
             connection.close()
             raise
@@ -92,3 +95,23 @@ class Host:
         talk.bind(("::" if ":" in address else "0.0.0.0", source_port))
         talk.connect((address, port))
         return talk
+
+
+def _make_sure_of(connection: socket.socket, deadline: float) -> None:
+    """Raise the OSError with which connecting failed, if it did.
+
+    An ICMP error wakes a client a moment before the socket tells the error, and `connect` takes that for a success.
+    """
+    while True:
+        try:
+            connection.getpeername()
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:
+                raise
+        else:
+            return
+        if failure := connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            raise OSError(failure, os.strerror(failure))
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        time.sleep(0.001)
