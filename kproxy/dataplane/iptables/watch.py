@@ -43,6 +43,7 @@ class NftWatch(Listener):
         self._netlink = NetlinkSocket()
         self._seen = kernel.journal.read_at or generation(self._netlink)
         super().__init__(_RECEIVE_BUFFER)
+        self._late = self._lost()
 
     def close(self) -> None:
         """See `Listener`."""
@@ -51,7 +52,7 @@ class NftWatch(Listener):
 
     def touches(self) -> Iterator[str]:
         """See `Listener`. What was changed since the kernel was read, before the watch began, comes first."""
-        if self._lost():
+        if self._late:
             yield SOMEBODY
         yield from super().touches()
 
