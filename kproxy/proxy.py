@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
+from enum import Enum, auto
+from queue import Empty, SimpleQueue
 
 import msgspec
 import structlog
@@ -25,6 +25,14 @@ FIRST_RETRY_SECONDS = 0.5
 QUARANTINE_RETRY_SECONDS = 300.0
 NODE_PATIENCE_SECONDS = 30.0  # how long to wait for the lists of Nodes and ServiceCIDRs before going on without
 FACTS_PATIENCE_SECONDS = 300.0  # how long to wait for what the node's facts depend on (pod CIDRs)
+
+
+class _Notice(Enum):
+    """What is told beside the source's events."""
+
+    TOUCHED = auto()  # someone else wrote to our part of the kernel
+    MOVED = auto()  # the node's addresses have changed
+    STOP = auto()
 
 
 class StartError(Exception):
@@ -86,11 +94,9 @@ class Proxy:
         self._observers = tuple(observers)
         self._pace = pace
         self._clock = clock
-        self._wake = threading.Condition()  # guards the inbox and the flags below
-        self._inbox: deque[Event] = deque()
-        self._stopping = False
-        self._touched = False  # someone else wrote to our part of the kernel
-        self._moved = False  # the node's addresses have changed
+        # Of all that the standard library has, only this may be used in a signal handler: another lock could be held
+        # by the very thread that the handler interrupts, or be about to be waited for.
+        self._inbox: SimpleQueue[Event | _Notice] = SimpleQueue()
         # Times of `clock`; only used in the thread of `run`.
         self._complete_at: float | None = None  # when the API server, which may have been down, had answered
         self._has_facts = False
@@ -102,27 +108,19 @@ class Proxy:
 
     def post(self, event: Event) -> None:
         """Take in an event; from any thread."""
-        with self._wake:
-            self._inbox.append(event)
-            self._wake.notify()
+        self._inbox.put(event)
 
     def kernel_touched(self) -> None:
         """Someone else changed what is ours; from any thread."""
-        with self._wake:
-            self._touched = True
-            self._wake.notify()
+        self._inbox.put(_Notice.TOUCHED)
 
     def addresses_changed(self) -> None:
         """The node's addresses are different now; from any thread."""
-        with self._wake:
-            self._moved = True
-            self._wake.notify()
+        self._inbox.put(_Notice.MOVED)
 
     def stop(self) -> None:
-        """Have `run` return soon; from any thread, or a signal handler of the thread of `run`."""
-        with self._wake:
-            self._stopping = True
-            self._wake.notify()
+        """Have `run` return soon; from any thread, or a signal handler."""
+        self._inbox.put(_Notice.STOP)
 
     def run(self) -> None:
         """Sync until stopped. What is in the kernel stays there. Raises StartError, and what `facts` raises."""
@@ -133,17 +131,9 @@ class Proxy:
 
     def _take(self) -> bool:
         """Wait for something to do and take it in. False when it is time to stop."""
-        with self._wake:
-            while not (self._inbox or self._touched or self._moved or self._stopping):
-                patience = self._patience()
-                if patience is not None and patience <= 0:
-                    break
-                self._wake.wait(patience)
-            if self._stopping:
-                return False
-            events, self._inbox = self._inbox, deque()
-            touched, self._touched = self._touched, False
-            moved, self._moved = self._moved, False
+        events, notices = self._received()
+        if _Notice.STOP in notices:
+            return False
         for event in events:
             self._take_event(event)
         if self._complete_at is None and self._state.complete:
@@ -151,12 +141,23 @@ class Proxy:
         if events:
             for observer in self._observers:
                 observer.events_taken(self._state)
-        if self._state.facts_changed or moved:
+        if self._state.facts_changed or _Notice.MOVED in notices:
             self._state.facts_changed = False
             self._take_facts()
-        if touched:
+        if _Notice.TOUCHED in notices:
             self._reconciler.doubt()
         return True
+
+    def _received(self) -> tuple[list[Event], set[_Notice]]:
+        """What has come, waiting for it as long as there is nothing else to do."""
+        patience = self._patience()
+        try:
+            received = [self._inbox.get(timeout=None if patience is None else max(patience, 0.0))]
+        except Empty:
+            return [], set()
+        received += [self._inbox.get_nowait() for _ in range(self._inbox.qsize())]
+        notices = {item for item in received if isinstance(item, _Notice)}
+        return [item for item in received if not isinstance(item, _Notice)], notices
 
     def _take_facts(self) -> None:
         facts = self._facts()

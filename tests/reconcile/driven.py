@@ -112,16 +112,19 @@ class Driven:
         listed: tuple[Kind, ...] = tuple(KINDS),
     ) -> None:
         self.now = 0.0
+        self.clock_read: Callable[[], object] = lambda: None  # called in the proxy's thread whenever it reads the clock
         self.seen = _Seen()
         self.error: Exception | None = None
         self._kernel = netns.run(NftablesKernel, tuple(Family))
         state = ClusterState(NODE, note=lambda text: None)
         self.reconciler = Reconciler(state, NftablesDataplane(self._kernel), FACTS)
-        self.proxy = Proxy(
-            state, self.reconciler, facts=facts, observers=[self.seen], pace=pace, clock=lambda: self.now
-        )
+        self.proxy = Proxy(state, self.reconciler, facts=facts, observers=[self.seen], pace=pace, clock=self._clock)
         self._thread = threading.Thread(target=self._run, name="driven")
         self.list(*listed)
+
+    def _clock(self) -> float:
+        self.clock_read()
+        return self.now
 
     def _run(self) -> None:
         try:
@@ -160,6 +163,11 @@ class Driven:
         self.now = now
         self.settle()
         return self
+
+    def ended(self, *, seconds: float = 10.0) -> bool:
+        """Whether the proxy ends within this time."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     @property
     def syncs(self) -> int:

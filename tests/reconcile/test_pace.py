@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kproxy.api.events import Alive
 from kproxy.config.errors import ConfigError
 from kproxy.dataplane.base import ApplyError
 from kproxy.dataplane.nftables.kernel import NftablesKernel
@@ -155,3 +156,13 @@ def test_it_stops_at_any_time(netns: Namespace, waiting: bool):
     assert driven.error is None
     with netns.run(NftablesKernel, tuple(Family)) as kernel:
         assert bool(kernel.read()) is not waiting
+
+
+@pytest.mark.parametrize("readings", [1, 2])
+def test_a_stop_is_heeded_at_whatever_moment_a_signal_interrupts(netns: Namespace, readings: int):
+    with Driven(netns) as driven:
+        driven.settle()
+        left = iter([lambda: None] * (readings - 1) + [driven.proxy.stop])
+        driven.clock_read = lambda: next(left, lambda: None)()
+        driven.proxy.post(Alive("Node"))
+        assert driven.ended()
