@@ -19,7 +19,7 @@ from tests.lab.waiting import eventually
 
 pytestmark = pytest.mark.ipvs
 
-DRAIN_SECONDS = 3
+DRAIN_SECONDS = 10  # long enough for what a test does meanwhile, where the machine is busy
 FLAGS = ("--ipvs-sync-period=2s", "--ipvs-min-sync-period=0s", f"--ipvs-drain-timeout={DRAIN_SECONDS}s")
 LOAD_BALANCER_IP = "198.51.100.10"
 SECONDS = 30.0  # until a change must be seen: User-Mode Linux is slow
@@ -267,6 +267,12 @@ def test_with_policy_local_nothing_leaks_to_endpoints_elsewhere(cluster: Cluster
     fails_as(cluster.client, url, NoAnswer.REFUSED, seconds=SECONDS)
     cluster.set_ready(here, True)
     assert answered(cluster.client, url, seconds=SECONDS) == "here"
+
+
+def test_a_node_port_is_open_on_a_node_without_a_pod(cluster: Cluster, node: Node) -> None:
+    cluster.run_pod("distant-a", cluster.nodes[1], {"app": "distant"})
+    cluster.apply(service("distant", "10.96.0.203", type="NodePort", ports=[port(80, node_port=30203)]))
+    assert answered(cluster.client, f"http://{node.ipv4}:30203/", seconds=SECONDS) == "distant-a"
 
 
 def test_a_service_comes_and_goes(cluster: Cluster, node: Node) -> None:

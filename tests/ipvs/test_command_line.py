@@ -57,6 +57,10 @@ def test_what_a_dry_run_tells_and_a_cleanup_leaves(here: OneNode) -> None:
 
     kproxy(here, "--once", source, status=0)
     assert "nothing to change" in kproxy(here, "--dry-run", source, status=0)
+    answer = kproxy(here, "explain", source, "203.0.113.9", "192.0.2.10:30080", status=0)
+    assert answer.splitlines()[-1].startswith("dnat")
+    answer = kproxy(here, "explain", source, "10.0.0.9", "10.96.0.20:81", status=1)
+    assert answer.splitlines()[-1] == "reject"
 
     host.exec("ipvsadm", "-D", "-t", "10.96.0.20:80")
     host.exec("ipvsadm", "-d", "-t", "10.96.0.10:80", "-r", "10.0.0.1:8080")
