@@ -139,18 +139,22 @@ class Lab:
             raise OSError(error, f"{flow}: connect: {errno.errorcode[error]}")
         if flow.protocol is Protocol.UDP:
             self._send(connection, Turn.OPEN)
-        sightings = self.node.seen()
+        sightings = self._of(connection, self.node.seen())
         if not sightings:
             self.node.settle()
-            sightings = self.node.seen()
-        if flow.protocol is Protocol.TCP:
-            # Its sequence number, our tag, was the kernel's choice. Older connections may be heard retrying.
+            sightings = self._of(connection, self.node.seen())
+        connection.outcome = _outcome(sightings)
+        return connection
+
+    def _of(self, connection: Connection, sightings: Sequence[Sighting]) -> list[Sighting]:
+        """Those of a connection that a real socket has just opened. Older ones may be heard retrying, too."""
+        if connection.flow.protocol is Protocol.TCP:
+            # Its sequence number, our tag, was the kernel's choice.
             new = [s for s in sightings if s.packet.protocol is Protocol.TCP and s.packet.tag not in self._kernel_tags]
             if new:
                 connection.tag = new[0].packet.tag
                 self._kernel_tags.add(connection.tag)
-        connection.outcome = _outcome([s for s in sightings if s.packet.tag == connection.tag])
-        return connection
+        return [s for s in sightings if s.packet.tag == connection.tag]
 
     def _send(self, connection: Connection, turn: Turn) -> None:
         flow, tag = connection.flow, connection.tag
