@@ -217,7 +217,7 @@ def test_a_token_file_that_rotates_is_read_again_when_the_server_refuses_the_old
     api.up()
 
     seen.until(lambda: seen.names() == {"default/web", "default/later"})
-    assert not [complaint for complaint in seen.complaints() if "401" in complaint]
+    assert not [complaint for complaint in seen.complaints() if "401 Unauthorized" in complaint]
 
 
 def test_a_token_that_stays_refused_is_reported_and_tried_again(api: ApiServer, follow: Follow, tmp_path: Path):
