@@ -83,8 +83,8 @@ def end_of_head(received: bytes | bytearray) -> int:
 
 def parse_head(data: bytes) -> Head:
     """The request that `data`, a complete head, describes. Raises BadRequestError."""
-    parsed = _LibraryParser(data)
     try:
+        parsed = _LibraryParser(data)  # it takes a Content-Type apart, and character sets in it can be anything
         url = urlsplit(parsed.path)
     except ValueError as error:
         raise BadRequestError(HTTPStatus.BAD_REQUEST, str(error)) from None

@@ -15,9 +15,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from enum import Enum
+from queue import SimpleQueue
 from typing import TypeVar
 
 import msgspec
@@ -106,9 +107,10 @@ class HttpServer:
         self._lock = threading.Lock()  # guards the two below
         self._calls: list[Callable[[], None]] = []
         self._closed = False
-        self._work = ThreadPoolExecutor(max_workers=1, thread_name_prefix="http-work")
+        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # None: no more
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._run_work, name="http-work", daemon=True).start()
 
     def listen(self, address: ListenAddress, handler: Handler) -> Listener:
         """Serve `handler` on an address. Raises OSError if it cannot be bound."""
@@ -131,12 +133,12 @@ class HttpServer:
         self._in_thread(lambda: self._close_listener(listener))
 
     def close(self) -> None:
-        """Close all sockets and end the thread."""
+        """Close all sockets and end the thread. Work that is under way is left to itself."""
         with self._lock:
             self._closed = True
         self.wake()
         self._thread.join()
-        self._work.shutdown(wait=False, cancel_futures=True)
+        self._work.put(None)
 
     def wake(self) -> None:
         """Have the thread look at the clock and its calls now."""
@@ -336,8 +338,12 @@ class HttpServer:
             return True
         work = answer
         connection.enter(_Phase.WORKING, self._clock(), math.inf)
-        self._work.submit(lambda: self._work_done(connection, _guarded(work, request)))
+        self._work.put(lambda: self._work_done(connection, _guarded(work, request)))
         return False
+
+    def _run_work(self) -> None:
+        while work := self._work.get():
+            work()
 
     def _work_done(self, connection: _Connection, response: Response) -> None:
         """Hand the result of slow work back to the server's thread."""

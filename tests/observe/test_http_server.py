@@ -85,6 +85,7 @@ def test_http_1_0_client_gets_its_answer_and_the_end(port):
         (b"GET / HTTP/2.0\r\n\r\n", b"505"),
         (b"GET http://[::1 HTTP/1.1\r\n\r\n", b"400"),
         (b"GET / HTTP/1.1\r\nContent-Length: many\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nContent-Type: multipart/mixed; boundary*=idna'en'x\r\n\r\n", b"400"),
         (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n", b"431"),
         (b"GET / HTTP/1.1\r\nA: " + b"b" * 20_000, b"431"),
     ],
