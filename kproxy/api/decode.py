@@ -64,6 +64,7 @@ class _BareIdentity(msgspec.Struct, frozen=True):
     metadata: _Names = _Names()
 
 
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError)
 WATCH_EVENT = msgspec.json.Decoder(WatchEvent)
 STATUS = msgspec.json.Decoder(Status)
 _IDENTITY = msgspec.json.Decoder(_Identity)
@@ -92,7 +93,7 @@ class ObjectDecoder:
         """A page of a list. Raises msgspec.DecodeError where it is not one."""
         try:
             page = self._page.decode(body)
-        except msgspec.ValidationError:
+        except _UNREADABLE:
             return self._page_by_items(body)
         return Page(page.metadata, page.items or [], [])
 
@@ -111,7 +112,7 @@ class ObjectDecoder:
         """One object. Raises UnreadableError."""
         try:
             item: Object = self._object.decode(raw)
-        except msgspec.ValidationError as error:
+        except _UNREADABLE as error:
             raise UnreadableError(self._kind, _metadata(raw), explain(error)) from error
         return item
 
@@ -119,11 +120,11 @@ class ObjectDecoder:
 def _metadata(raw: msgspec.Raw) -> ObjectMeta:
     try:
         return _IDENTITY.decode(raw).metadata
-    except msgspec.ValidationError:
+    except _UNREADABLE:
         pass
     try:
         names = _BARE_IDENTITY.decode(raw).metadata
-    except msgspec.ValidationError:
+    except _UNREADABLE:
         return ObjectMeta()
     return ObjectMeta(name=names.name, namespace=names.namespace, resource_version=names.resource_version)
 
@@ -138,7 +139,7 @@ def object_name(kind: str, namespace: str, name: str) -> str:
 _WHERE = re.compile(r"(?P<what>.*) - at `(?:key in )?\$\.?(?P<path>.*)`", re.DOTALL)
 
 
-def explain(error: msgspec.ValidationError, path: str = "") -> str:
+def explain(error: Exception, path: str = "") -> str:
     """`spec.ports[0].port: Expected int, got str`, from msgspec's own words; `path` is where the value was."""
     match = _WHERE.fullmatch(str(error))
     what = (match["what"] if match else str(error)).replace("`", "")

@@ -126,6 +126,10 @@ class Watch:
                 delay = self._doubted(doubt)
             except ApiError as error:
                 delay = self._failed(error)
+            except Exception as error:  # noqa: BLE001 - without this thread nothing would ever change again
+                _log.debug("unexpected", exc_info=error)
+                self._version = ""
+                delay = self._failed(ApiError(f"{self._url()}: {type(error).__name__}: {error}"))
             if delay:
                 self._stopped.wait(delay)
 

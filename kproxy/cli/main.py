@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -20,6 +19,7 @@ from kproxy.cli import actions
 from kproxy.cli.flags import Color, Output
 from kproxy.cli.help import help_text
 from kproxy.cli.invocation import Action, Invocation, UsageError, parse, version_text
+from kproxy.cli.signals import end_at_once
 from kproxy.config.errors import ConfigError
 from kproxy.config.files import config_yaml, lost_in_a_file
 from kproxy.conntrack import ConntrackError
@@ -28,6 +28,8 @@ from kproxy.proxy import StartError
 from kproxy.sysctl import SysctlError
 
 log = structlog.get_logger(__name__)
+
+DEEPEST_OBJECT = 10_000  # levels of JSON that an API server takes, and so gives
 
 _FAILURES = (
     ApiConfigError,
@@ -44,6 +46,9 @@ _FAILURES = (
 
 def entrypoint() -> None:
     """The console script."""
+    # Python 3.11 has one limit for its own calls and what is decoded in C, which takes 50 bytes of stack a level.
+    sys.setrecursionlimit(DEEPEST_OBJECT + sys.getrecursionlimit())
+    end_at_once()
     sys.exit(main(sys.argv[1:]))
 
 
@@ -69,8 +74,6 @@ def main(argv: Sequence[str]) -> int:
     try:
         status = _act(invocation, argv)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has seen enough
         return failed

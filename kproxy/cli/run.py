@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ from kproxy.cli import actions
 from kproxy.cli.assembly import Machine, api_connection, machine, source
 from kproxy.cli.invocation import Invocation
 from kproxy.cli.reload import ConfigurationFile
+from kproxy.cli.signals import SIGNALS, hold_back
 from kproxy.config.defaults import ModeSettings, advice, mode_settings
 from kproxy.config.feature_gates import FEATURE_GATES, Stage
 from kproxy.config.v1alpha1 import ProxyMode, to_v1alpha1
@@ -45,8 +48,6 @@ if TYPE_CHECKING:
     from kproxy.api.client import Connection
 
 log = structlog.get_logger(__name__)
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class _Addresses:
@@ -197,6 +198,7 @@ class _Running:
 
         for number in SIGNALS:
             signal.signal(number, end)
+        self._end_with_any_thread()
         self._serve()
         self._cleaned.start()
         self._guarded.start()
@@ -215,9 +217,23 @@ class _Running:
             raise StartError(self._fatal)
         if self._restarts and not received:
             log.info("the configuration file has changed; starting again")
-            os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - the very command line that started this
+            atexit._run_exitfuncs()  # the kubernetes package has made files with credentials
+            hold_back()
+            if not received:
+                os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - the very command line that started this
         log.info("ended; what is in the kernel stays in force", signal=signal.Signals(received[0]).name)
         return 128 + received[0]
+
+    def _end_with_any_thread(self) -> None:
+        """From now on a thread that fails takes all others with it: half a proxy would look healthy."""
+        tell = threading.excepthook
+
+        def failed(fault: threading.ExceptHookArgs) -> None:
+            tell(fault)
+            self._fatal = f"the thread {fault.thread.name if fault.thread else ''} has failed"
+            self._proxy.stop()
+
+        threading.excepthook = failed
 
     def _serve(self) -> None:
         """Open the health and metrics addresses; a taken one is tried again, or fatal if so configured."""

@@ -34,6 +34,27 @@ def test_a_watch_that_ends_in_doubt_is_followed_by_a_list(api: ApiServer, follow
     assert seen.complaints() == []
 
 
+@pytest.mark.parametrize("verb", ["list", "watch"])
+@pytest.mark.parametrize(
+    "name",
+    [b'"x","managedFields":' + b"[" * 5000 + b"]" * 5000, b'"\xff"'],
+    ids=["nested deeply", "no UTF-8"],
+)
+def test_after_an_object_that_nobody_can_read_the_next_ones_are_read(
+    api: ApiServer, follow: Follow, verb: str, name: bytes
+):
+    body = {
+        "list": b'{"metadata":{"resourceVersion":"1"},"items":[{"metadata":{"name":%s},"spec":{}}]}\n' % name,
+        "watch": b'{"type":"ADDED","object":{"metadata":{"name":%s},"spec":{}}}\n' % name,
+    }
+    api.faults.add(Answer(200, body=body[verb]), resource="services", verb=verb)
+    seen = follow(stream=False)
+
+    api.put(service("next"))
+
+    seen.until(lambda: seen.names() == {"default/next"})
+
+
 def test_a_version_that_the_server_has_forgotten_is_followed_by_a_list(api: ApiServer, follow: Follow):
     api.put(service("old"))
     seen = follow()

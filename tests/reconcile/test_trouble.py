@@ -11,6 +11,7 @@ from kproxy.api.events import Event
 from kproxy.cluster import ClusterState
 from kproxy.dataplane.nftables.chains import base_entries
 from kproxy.dataplane.nftables.render import render_route
+from tests.lab.apiserver_faults import Answer
 from tests.lab.proxy_process import HEALTHZ_PORT, ProxyProcess
 from tests.lab.waiting import eventually
 from tests.reconcile.driven import FACTS, changed, deleted, part
@@ -92,6 +93,18 @@ def test_what_does_not_concern_the_kernel_is_not_written_to_it(here: OneNode):
     here.api.put_all(web("10.0.0.9"))
     eventually(lambda: endpoint_of(here, "10.0.0.9"), "what does concern it is in")
     assert here.generation() == before[0] + 1
+
+
+def test_an_object_is_read_that_is_nested_as_deeply_as_an_api_server_allows(here: OneNode):
+    """Who may write Services can bring it into a part that nobody reads, and must not stop all others by that."""
+    deep, shallow = json.dumps(service("deep", "10.96.0.40"))[:-1], json.dumps(service("shallow", "10.96.0.41"))
+    items = f'{deep}, "unread": {"[" * 9990}{"]" * 9990}}}, {shallow}'
+    here.api.stream_lists = "refuse"
+    body = f'{{"metadata": {{"resourceVersion": "1"}}, "items": [{items}]}}'.encode()
+    here.api.faults.add(Answer(200, body=body), resource="services", verb="list", times=None)
+    here.started()
+    assert "10.96.0.40 . tcp . 80" in here.ruleset
+    assert "10.96.0.41 . tcp . 80" in here.ruleset
 
 
 # The order of events
