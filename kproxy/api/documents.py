@@ -92,6 +92,8 @@ def _json(text: str) -> Iterator[object]:
             document, at = decoder.raw_decode(text, at)
         except JSONDecodeError as error:
             raise _SyntaxError(f"line {error.lineno}, column {error.colno}: {error.msg}") from error
+        except ValueError as error:  # a number of thousands of digits
+            raise _SyntaxError(f"a value cannot be read: {error}") from error
         yield document
         at = _JSON_SPACE.match(text, at).end()  # type: ignore[union-attr]
 
@@ -118,6 +120,9 @@ def _yaml(text: str) -> Iterator[object]:
         raise _SyntaxError(f"{where}{error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise _SyntaxError(" ".join(str(error).split())) from error
+    except (ValueError, LookupError, AttributeError) as error:  # the library relies on what a tag says
+        name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise _SyntaxError(f"a value cannot be read: {name}{error}") from error
 
 
 class _Loader(_SafeLoader):

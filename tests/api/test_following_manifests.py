@@ -212,6 +212,19 @@ def test_a_broken_file_keeps_its_objects_until_it_is_mended_and_others_go_on(
     seen.until(lambda: any(entry["event"] == "the manifests are in order again" for entry in logs))
 
 
+def test_after_a_file_whose_values_are_not_what_their_tags_say_the_next_change_is_taken(
+    tmp_path: Path, follow_files: FollowFiles, logs: list[EventDict]
+):
+    path = put(tmp_path / "a.yaml", service("a"))
+    seen = follow_files(path)
+    path.write_text("a: !!int foo")
+    seen.until(lambda: any(line["log_level"] == "error" for line in logs))
+    assert seen.names() == {"default/a"}
+
+    put(path, service("b"))
+    seen.until(lambda: seen.names() == {"default/b"})
+
+
 @pytest.mark.parametrize(("from_file", "to_file"), [("a", "b"), ("b", "a")])
 def test_an_object_that_moves_to_another_file_is_never_missing(
     tmp_path: Path, follow_files: FollowFiles, logs: list[EventDict], from_file: str, to_file: str

@@ -463,6 +463,10 @@ def test_slices_that_an_api_server_would_refuse(tmp_path: Path, body: str, error
             "apiVersion: v1\nkind: List\nitems: [{kind: Service, apiVersion: v1, metadata: {name: a}, spec: []}]",
             "document 1, item 1 (Service default/a): spec: Expected object, got array",
         ),
+        ("a: !!int foo", "document 1: a value cannot be read: invalid literal for int() with base 10: 'foo'"),
+        ("a: !!bool foo", "document 1: a value cannot be read: KeyError: 'foo'"),
+        ("a: !!timestamp foo", "document 1: a value cannot be read: AttributeError: "),
+        ("a: " + "9" * 5000, "document 1: a value cannot be read: Exceeds the limit (4300 digits)"),
     ],
 )
 def test_documents_that_cannot_be_read(tmp_path: Path, text: str, error: str):
@@ -476,10 +480,11 @@ def test_documents_that_cannot_be_read(tmp_path: Path, text: str, error: str):
         ('{"kind": "Service", "kind": "Node"}', "document 1: the key 'kind' is there twice"),
         ("[1]", "document 1: Expected an object, got list"),
         ("[" * 100_000, "document 1: nested too deeply"),
+        ("[" + "9" * 5000 + "]", "document 1: a value cannot be read: Exceeds the limit (4300 digits)"),
     ],
 )
 def test_json_that_cannot_be_read(tmp_path: Path, text: str, error: str):
-    assert refused(written(tmp_path / "a.json", text)) == [f"a.json: {error}"]
+    assert refused(written(tmp_path / "a.json", text))[0].startswith(f"a.json: {error}")
 
 
 def test_a_byte_order_mark_is_skipped(tmp_path: Path):
