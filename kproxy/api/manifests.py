@@ -16,11 +16,12 @@ import structlog
 
 from kproxy.api.documents import Content, ObjectKey, read
 from kproxy.api.errors import ManifestError
-from kproxy.api.events import Alive, Changed, Deleted, Listed, Sink
+from kproxy.api.events import Alive, Changed, Deleted, Event, Listed, Sink
 from kproxy.api.inotify import LONGEST_SETTLE_SECONDS, Inotify, Names, way_to
 from kproxy.api.objects import Kind, Object
 from kproxy.api.resources import concerns_us
 
+STOP_SECONDS = 1.0
 SUFFIXES = (".yaml", ".yml", ".json")
 # A Service comes after its endpoints, so that it is never seen without them.
 _ORDER: tuple[Kind, ...] = ("Node", "ServiceCIDR", "EndpointSlice", "Service")
@@ -126,7 +127,8 @@ class ManifestSource:
         self._files = ManifestFiles(self._path)
         self._inotify: Inotify | None = None
         self._thread: threading.Thread | None = None
-        self._stopped = threading.Event()
+        self._lock = threading.Lock()  # held while an event is delivered
+        self._stopped = False
 
     def load(self) -> list[Object]:
         """The objects as the files are now. Raises ManifestError with everything that is wrong."""
@@ -146,17 +148,25 @@ class ManifestSource:
         except BaseException:
             inotify.close()
             raise
+
+        def deliver(event: Event) -> None:
+            with self._lock:
+                if not self._stopped:
+                    sink(event)
+
         self._inotify = inotify
-        self._thread = threading.Thread(target=self._run, args=(inotify, sink), name="manifests", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(inotify, deliver), name="manifests", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; no event comes after it returns."""
-        self._stopped.set()
+        """End the thread; no event comes after it returns. A thread that is reading is left behind after a second."""
+        with self._lock:
+            self._stopped = True
         if self._inotify is not None and self._thread is not None:
             self._inotify.wake()
-            self._thread.join()
-            self._inotify.close()
+            self._thread.join(STOP_SECONDS)
+            if not self._thread.is_alive():
+                self._inotify.close()
             self._inotify = None
 
     def _run(self, inotify: Inotify, sink: Sink) -> None:
@@ -168,7 +178,7 @@ class ManifestSource:
         known = self._files.objects
         errors: set[str] = set()
         watching = True
-        while not self._stopped.is_set():
+        while not self._stopped:
             for kind in _ORDER:
                 sink(Alive(kind))
             if not inotify.wait(None if watching else LONGEST_SETTLE_SECONDS) and watching:

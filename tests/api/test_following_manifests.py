@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from kproxy.api.events import Changed, Deleted, Listed
 from kproxy.api.manifests import ManifestSource
 from tests.api.conftest import endpoint_slice, service
 from tests.api.recorder import Recorder
+from tests.lab.waiting import eventually
 
 FollowFiles = Callable[[Path], Recorder]
 
@@ -283,6 +285,37 @@ def test_a_broken_file_at_the_start_is_an_error_for_the_caller(tmp_path: Path):
 
     assert threading.active_count() == threads
     source.stop()
+
+
+def test_stop_does_not_wait_for_a_file_that_cannot_be_read_to_its_end(tmp_path: Path):
+    """As on a file server that says nothing any more."""
+    path = put(tmp_path / "a.json", service("a"))
+    seen = Recorder()
+    source = ManifestSource(path)
+    source.start(seen)
+    seen.until(lambda: seen.complete)
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "fifo").rename(path)
+    writer = opened_for_writing(path)
+
+    begin = time.monotonic()
+    source.stop()
+    assert time.monotonic() - begin < 2
+
+    before = len(seen.events)
+    os.write(writer, msgspec.json.encode(service("b")))
+    os.close(writer)
+    [thread.join() for thread in threading.enumerate() if thread.name == "manifests"]
+    assert len(seen.events) == before
+
+
+def opened_for_writing(fifo: Path) -> int:
+    """Wait until somebody reads."""
+
+    def opened() -> int:
+        return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+
+    return eventually(opened, "somebody reads")
 
 
 def test_stop_is_prompt_and_nothing_comes_after_it(tmp_path: Path):
