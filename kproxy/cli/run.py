@@ -174,8 +174,6 @@ class _Running:
         ]
 
     def _service_checks(self, family: Family) -> ServiceHealthChecks:
-        chosen = self._parts.reconciler.facts.node_port_addresses.get(family)
-
         def failed(service: ServiceName, port: int, error: OSError) -> None:
             node = self._parts.state.node_name
             log.warning("cannot open health check node port", service=str(service), port=port, error=str(error))
@@ -184,7 +182,7 @@ class _Running:
         return ServiceHealthChecks(
             self._server,
             family,
-            chosen,
+            lambda: self._parts.reconciler.facts.node_port_addresses.get(family),
             proxy_healthy=lambda: self._health.check().healthy,
             listen_failed=failed,
         )

@@ -31,23 +31,24 @@ class _Check(msgspec.Struct):
 class ServiceHealthChecks:
     """One HTTP endpoint for each Service of one family that has a health check node port.
 
-    `addresses` are the node's addresses to listen on, None for all of the family. `proxy_healthy` is asked at each
-    request. `listen_failed` is told of every failed attempt to open a port: the Service goes without until the next
-    `sync_services`, the others are not affected.
+    `addresses` tells, whenever a port is opened, the node's addresses to listen on, None for all of the family.
+    `proxy_healthy` is asked at each request. `listen_failed` is told of every failed attempt to open a port: the Service
+    goes without until the next `sync_services`, the others are not affected.
     """
 
     def __init__(
         self,
         server: HttpServer,
         family: Family,
-        addresses: Sequence[str] | None,
+        addresses: Callable[[], Sequence[str] | None],
         *,
         proxy_healthy: Callable[[], bool],
         listen_failed: ListenFailed,
     ) -> None:
         self._server = server
         self._network: Network = "tcp4" if family is Family.IPv4 else "tcp6"
-        self._hosts = ("0.0.0.0" if family is Family.IPv4 else "::",) if addresses is None else tuple(addresses)
+        self._all = ("0.0.0.0" if family is Family.IPv4 else "::",)
+        self._addresses = addresses
         self._proxy_healthy = proxy_healthy
         self._listen_failed = listen_failed
         self._checks: dict[ServiceName, _Check] = {}
@@ -76,7 +77,8 @@ class ServiceHealthChecks:
     def _open(self, service: ServiceName, port: int) -> None:
         check = _Check(port, [])
         handler = self._handler(service, check)
-        for host in self._hosts:
+        chosen = self._addresses()
+        for host in self._all if chosen is None else chosen:
             try:
                 check.listeners.append(self._server.listen(ListenAddress(host, port, self._network), handler))
             except OSError as error:

@@ -28,7 +28,7 @@ class Checks(ServiceHealthChecks):
         super().__init__(
             server,
             family,
-            addresses,
+            lambda: addresses,
             proxy_healthy=lambda: self.proxy_healthy,
             listen_failed=lambda service, port, error: self.failures.append((service, port, error.errno)),
         )

@@ -93,6 +93,16 @@ def test_without_its_node_object_the_proxy_serves_and_learns_the_address_when_it
     eventually(lambda: "192.168.0.2" in here.nft("list set ip kproxy nodeport-ips"), "node ports are on its address")
 
 
+def test_health_check_ports_are_open_only_where_node_ports_are(here: OneNode):
+    """Where that is the Node's own address, it is known only once the Node has been read."""
+    policy = {"externalTrafficPolicy": "Local", "healthCheckNodePort": 30999}
+    here.api.put_all([*web(), service("shop", "10.96.0.20", type="LoadBalancer", **policy)])
+    here.started("--nodeport-addresses=primary")
+    assert here.host.get("http://192.168.0.2:30999/").status == 503
+    with pytest.raises(ConnectionRefusedError):
+        here.host.get("http://127.0.0.1:30999/")
+
+
 def test_a_node_that_is_deleted_stays_in_force(here: OneNode):
     here.api.put_all([*web(), BRIDGE])
     proxy = here.started()
