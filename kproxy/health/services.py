@@ -32,8 +32,8 @@ class ServiceHealthChecks:
     """One HTTP endpoint for each Service of one family that has a health check node port.
 
     `addresses` tells, whenever a port is opened, the node's addresses to listen on, None for all of the family.
-    `proxy_healthy` is asked at each request. `listen_failed` is told of every failed attempt to open a port: the Service
-    goes without until the next `sync_services`, the others are not affected.
+    `proxy_healthy` is asked at each request. `listen_failed` is told of every failed attempt to open a port: the
+    Service goes without until the next `sync_services`, the others are not affected.
     """
 
     def __init__(
