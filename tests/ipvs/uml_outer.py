@@ -1,7 +1,8 @@
-"""Tests marked `ipvs` on a host whose kernel has no IPVS: all of them in one User-Mode Linux, beside the other tests.
+"""Tests marked `ipvs` on a host whose kernel has no IPVS: all of them in User-Mode Linux, beside the other tests.
 
-A pytest inside runs the selected items and writes down their reports (`uml_inner.py`); this one replays them under the
-same names, so counts, `-x`, `-k`, failures and their output are as if they had run here.
+A machine has one processor, so there are two, and each runs whole test files. A pytest inside runs the selected items
+and writes down their reports (`uml_inner.py`); this one replays them under the same names, so counts, `-x`, `-k`,
+failures and their output are as if they had run here.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ _SILENCE_SECONDS = 180.0  # between two lines; a test takes seconds, start and c
 _DUMP_SECONDS = 5.0
 _POLL_SECONDS = 0.02
 _COVERAGE = "coverage"
+_MACHINES = 2
 
 
 class TroubleError(Exception):
@@ -35,6 +38,7 @@ class InnerPytest:
     """The pytest in User-Mode Linux. Raises uml.UnavailableError."""
 
     def __init__(self, items: list[pytest.Item], *, coverage: bool) -> None:
+        self.left = len(items)
         files = dict.fromkeys(str(item.path) for item in items)
         config = items[0].config
         options = [f"--rootdir={config.rootpath}", "-p", "no:cacheprovider", "-p", "tests.ipvs.uml_inner"]
@@ -75,7 +79,7 @@ class InnerPytest:
         ours = Path(os.environ.get("COVERAGE_FILE", ".coverage"))
         measured = self._machine.shared / _COVERAGE
         if measured.exists():
-            shutil.copy(measured, ours.with_name(f"{ours.name}.uml"))
+            shutil.copy(measured, ours.with_name(f"{ours.name}.{self._machine.shared.name}"))
 
     def close(self) -> None:
         """End it, done or not."""
@@ -99,10 +103,11 @@ class IpvsInUml:
     """The pytest plugin of the outer side."""
 
     def __init__(self) -> None:
-        self._inner: InnerPytest | None = None
+        self._inner: dict[Path, InnerPytest] = {}  # by the files that it runs
         self._trouble = ""
-        self._total = self._done = 0
-        self._summary = ""
+        self._done = 0
+        self._seconds = 0.0
+        self._kernel = ""
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Put them last: they run while the others do."""
@@ -113,12 +118,14 @@ class IpvsInUml:
         items = [item for item in session.items if _is_for_uml(item)]
         if not items or session.config.option.collectonly:
             return
-        self._total = len(items)
         option = session.config.option
         coverage = bool(getattr(option, "cov_source", None)) and not option.no_cov  # pytest-cov's, if it is there
         try:
-            self._inner = InnerPytest(items, coverage=coverage)
+            for part in _parts(items):
+                inner = InnerPytest(part, coverage=coverage)
+                self._inner |= dict.fromkeys((item.path for item in part), inner)
         except uml.UnavailableError as error:
+            self._close()
             reason = f"the kernel has no IPVS, and {error}"
             if os.environ.get("CI") == "true":
                 self._trouble = reason  # they fail: a green build without them would say too much
@@ -134,7 +141,7 @@ class IpvsInUml:
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         if self._inner and not self._trouble:
             try:
-                self._replay(item, self._inner)
+                self._replay(item, self._inner[item.path])
             except TroubleError as error:
                 self._trouble = str(error)
         if self._trouble:
@@ -145,13 +152,19 @@ class IpvsInUml:
 
     def pytest_sessionfinish(self) -> None:
         """Leave nothing behind."""
-        if self._inner:
-            self._inner.close()
+        self._close()
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Say where they ran."""
-        if self._summary:
-            terminalreporter.write_line(self._summary)
+        if self._kernel:
+            where = f"User-Mode Linux (kernel {self._kernel})"
+            tests = "1 test" if self._done == 1 else f"{self._done} tests"
+            terminalreporter.write_line(f"{tests} ran inside {where} in {self._seconds:.1f} s")
+
+    def _close(self) -> None:
+        for inner in set(self._inner.values()):
+            inner.close()
+        self._inner.clear()
 
     def _replay(self, item: pytest.Item, inner: InnerPytest) -> None:
         while (line := inner.next_line()).kind == "report":
@@ -159,7 +172,8 @@ class IpvsInUml:
         if line.kind == "end" or line.content != item.nodeid:
             raise TroubleError(f"pytest in User-Mode Linux ran something else: {line}")
         self._done += 1
-        if self._done == self._total:
+        inner.left -= 1
+        if not inner.left:
             self._finish(inner)
 
     def _finish(self, inner: InnerPytest) -> None:
@@ -167,9 +181,19 @@ class IpvsInUml:
         if line.kind != "end" or line.content["status"] not in {pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED}:
             raise TroubleError(f"pytest in User-Mode Linux ended badly: {line}")
         inner.copy_coverage()
-        where = f"User-Mode Linux (kernel {line.content['kernel']})"
-        tests = "1 test" if self._total == 1 else f"{self._total} tests"
-        self._summary = f"{tests} ran inside {where} in {line.content['seconds']:.1f} s"
+        self._kernel = line.content["kernel"]
+        self._seconds = max(self._seconds, line.content["seconds"])
+
+
+def _parts(items: list[pytest.Item]) -> list[list[pytest.Item]]:
+    """What each machine runs: whole files, the largest first to the one that has the fewest tests so far."""
+    shares: list[set[Path]] = [set() for _ in range(_MACHINES)]
+    sizes = [0] * _MACHINES
+    for path, size in Counter(item.path for item in items).most_common():
+        fewest = sizes.index(min(sizes))
+        shares[fewest].add(path)
+        sizes[fewest] += size
+    return [[item for item in items if item.path in share] for share in shares if share]
 
 
 def _is_for_uml(item: pytest.Item) -> bool:

@@ -182,9 +182,7 @@ class Machine:
     def _boot(self) -> subprocess.Popen[bytes]:
         # Its memory is a file, which must be on a tmpfs that is large enough and allows execution; /dev/shm of a
         # container is often neither, so it gets one of its own. Pages are taken when they are first used.
-        # Each of its system calls takes two switches of processes on the host: beside others it hardly gets on, unless
-        # it goes before them. Where that is not allowed, nice says so and goes on.
-        shell = f'mount -t tmpfs -o size={_MEMORY_MIB + 64}m tmpfs /dev/shm && exec nice -n -5 "$@"'
+        shell = f'mount -t tmpfs -o size={_MEMORY_MIB + 64}m tmpfs /dev/shm && exec "$@"'
         tether = ["setpriv", "--pdeathsig", "KILL"]  # or it would outlive a pytest that is killed
         isolation = ["unshare", "--fork", "--kill-child", "--pid", "--mount", "--net", "sh", "-c", shell, "sh"]
         options = [
