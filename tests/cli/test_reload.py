@@ -160,11 +160,12 @@ def test_a_change_to_an_api_server_that_is_not_known_is_no_reason_to_end(
 def test_an_error_that_nobody_thought_of_does_not_end_the_following(
     here: OneNode, volume: ConfigMap, running: ProxyProcess
 ) -> None:
-    """As that of the library that reads kubeconfigs, where one is nested too deeply."""
+    """As that of the library that reads kubeconfigs, where a value is not what its tag says."""
     kubeconfig = here.folder / "kubeconfig"
-    kubeconfig.write_text("[" * 3000)
+    kubeconfig.write_text('!!int ""')
     volume.say(json.dumps(HEAD | {"clientConnection": {"kubeconfig": str(kubeconfig)}}))
     eventually(lambda: running.metric("kproxy_configuration_rejected") == 1, "the rejection is in the metrics")
+    assert "IndexError" in running.log.read_text()
 
     volume.say(config(here, clusterCIDR="10.99.0.0/16"))
     eventually(lambda: in_force(here, "clusterCIDR") == "10.99.0.0/16", "the next configuration is in force")
