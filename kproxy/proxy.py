@@ -94,8 +94,6 @@ class Proxy:
         self._observers = tuple(observers)
         self._pace = pace
         self._clock = clock
-        # Of all that the standard library has, only this may be used in a signal handler: another lock could be held
-        # by the very thread that the handler interrupts, or be about to be waited for.
         self._inbox: SimpleQueue[Event | _Notice] = SimpleQueue()
         # Times of `clock`; only used in the thread of `run`.
         self._complete_at: float | None = None  # when the API server, which may have been down, had answered
@@ -119,7 +117,7 @@ class Proxy:
         self._inbox.put(_Notice.MOVED)
 
     def stop(self) -> None:
-        """Have `run` return soon; from any thread, or a signal handler."""
+        """Have `run` return soon; from any thread."""
         self._inbox.put(_Notice.STOP)
 
     def run(self) -> None:

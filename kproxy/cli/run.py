@@ -20,7 +20,7 @@ from kproxy.cli import actions
 from kproxy.cli.assembly import Machine, api_connection, machine, source
 from kproxy.cli.invocation import Invocation
 from kproxy.cli.reload import ConfigurationFile
-from kproxy.cli.signals import SIGNALS, hold_back
+from kproxy.cli.signals import SIGNALS, hold_back, wake_by_signals
 from kproxy.config.defaults import ModeSettings, advice, mode_settings
 from kproxy.config.feature_gates import FEATURE_GATES, Stage
 from kproxy.config.v1alpha1 import ProxyMode, to_v1alpha1
@@ -190,12 +190,9 @@ class _Running:
     def run(self) -> int:
         received: list[int] = []
 
-        def end(number: int, _: object) -> None:
-            received.append(number)
-            self._proxy.stop()
-
         for number in SIGNALS:
-            signal.signal(number, end)
+            signal.signal(number, lambda number, _: received.append(number))
+        wake_by_signals(self._proxy.stop)
         self._end_with_any_thread()
         self._serve()
         self._cleaned.start()

@@ -1,9 +1,12 @@
-"""The signals that end kproxy: before a proxy runs, and while it starts itself anew."""
+"""The signals that end kproxy: before a proxy runs, while it does, and while it starts itself anew."""
 
 from __future__ import annotations
 
 import signal
+import socket
 import sys
+import threading
+from collections.abc import Callable
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -16,6 +19,23 @@ def end_at_once() -> None:
     for number in SIGNALS:
         signal.signal(number, _end)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def wake_by_signals(wake: Callable[[], None]) -> None:
+    """Have a thread call `wake` at each signal that has a handler.
+
+    Python's handlers wait for the main thread's next instruction. One that is about to wait, or that another thread got
+    the signal instead of, has none before something else wakes it.
+    """
+    heard, told = socket.socketpair()
+    told.setblocking(False)
+
+    def listen(_: socket.socket) -> None:
+        while heard.recv(1):
+            wake()
+
+    signal.set_wakeup_fd(told.fileno())
+    threading.Thread(target=listen, args=(told,), name="signals", daemon=True).start()
 
 
 def hold_back() -> None:

@@ -58,7 +58,7 @@ class ProxyProcess:
         with self.log.open("ab") as log:
             self._process = self._node.namespace.start(
                 (_SETPRIV, "--pdeathsig", "KILL", *self._command),
-                env=kproxy_environment() | environment,
+                env=kproxy_environment() | {"PYTHONFAULTHANDLER": "1"} | environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -73,7 +73,7 @@ class ProxyProcess:
         try:
             return process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            process.kill()
+            process.send_signal(signal.SIGABRT)  # so that the log tells where each thread is
             process.wait()
             raise
 

@@ -159,7 +159,7 @@ def test_it_stops_at_any_time(netns: Namespace, waiting: bool):
 
 
 @pytest.mark.parametrize("readings", [1, 2])
-def test_a_stop_is_heeded_at_whatever_moment_a_signal_interrupts(netns: Namespace, readings: int):
+def test_a_stop_is_heeded_whatever_the_proxy_is_about_to_do(netns: Namespace, readings: int):
     with Driven(netns) as driven:
         driven.settle()
         left = iter([lambda: None] * (readings - 1) + [driven.proxy.stop])
