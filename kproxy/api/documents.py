@@ -120,7 +120,8 @@ def _yaml(text: str) -> Iterator[object]:
         raise _SyntaxError(f"{where}{error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise _SyntaxError(" ".join(str(error).split())) from error
-    except (ValueError, LookupError, AttributeError) as error:  # the library relies on what a tag says
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # The library relies on what a tag says.
         name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise _SyntaxError(f"a value cannot be read: {name}{error}") from error
 

@@ -190,9 +190,9 @@ class _Running:
     def run(self) -> int:
         received: list[int] = []
 
+        wake_by_signals(self._proxy.stop)
         for number in SIGNALS:
             signal.signal(number, lambda number, _: received.append(number))
-        wake_by_signals(self._proxy.stop)
         self._end_with_any_thread()
         self._serve()
         self._cleaned.start()
@@ -204,12 +204,13 @@ class _Running:
         self._file.start()
         self._source.start(self._proxy.post)
         self._proxy.run()
+        fatal = self._fatal  # what fails now fails because the end has begun
         self._source.stop()
         self._server.close()
         self._recorder.close(1.0)
         self._parts.opened.close()
-        if self._fatal:
-            raise StartError(self._fatal)
+        if fatal:
+            raise StartError(fatal)
         if self._restarts and not received:
             log.info("the configuration file has changed; starting again")
             atexit._run_exitfuncs()  # the kubernetes package has made files with credentials
@@ -225,6 +226,8 @@ class _Running:
 
         def failed(fault: threading.ExceptHookArgs) -> None:
             tell(fault)
+            if fault.exc_type is SystemExit:
+                return
             self._fatal = f"the thread {fault.thread.name if fault.thread else ''} has failed"
             self._proxy.stop()
 

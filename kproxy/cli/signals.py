@@ -22,7 +22,7 @@ def end_at_once() -> None:
 
 
 def wake_by_signals(wake: Callable[[], None]) -> None:
-    """Have a thread call `wake` at each signal that has a handler.
+    """Have a thread call `wake` at each signal that has a handler, now or later.
 
     Python's handlers wait for the main thread's next instruction. One that is about to wait, or that another thread got
     the signal instead of, has none before something else wakes it.
@@ -41,7 +41,7 @@ def wake_by_signals(wake: Callable[[], None]) -> None:
 def hold_back() -> None:
     """Have signals wait for the program that this process is about to become.
 
-    Where another thread gets one nevertheless, it ends the process.
+    One that another thread gets nevertheless ends the process, unless that is the first of a container.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     for number in SIGNALS:

@@ -24,6 +24,7 @@ class _Check(msgspec.Struct):
     """A Service's open health check port."""
 
     port: int
+    hosts: tuple[str, ...]
     listeners: list[Listener]
     local_endpoints: int = 0
 
@@ -31,9 +32,9 @@ class _Check(msgspec.Struct):
 class ServiceHealthChecks:
     """One HTTP endpoint for each Service of one family that has a health check node port.
 
-    `addresses` tells, whenever a port is opened, the node's addresses to listen on, None for all of the family.
-    `proxy_healthy` is asked at each request. `listen_failed` is told of every failed attempt to open a port: the
-    Service goes without until the next `sync_services`, the others are not affected.
+    `addresses` tells the node's addresses to listen on, None for all of the family; where they have changed, the ports
+    are opened anew. `proxy_healthy` is asked at each request. `listen_failed` is told of every failed attempt to open
+    a port: the Service goes without until the next `sync_services`, the others are not affected.
     """
 
     def __init__(
@@ -55,14 +56,16 @@ class ServiceHealthChecks:
 
     def sync_services(self, ports: Mapping[ServiceName, int]) -> None:
         """Listen for exactly these Services, each on its port. A Service that is new starts with no endpoints."""
+        chosen = self._addresses()
+        hosts = self._all if chosen is None else tuple(chosen)
         for service, check in list(self._checks.items()):
-            if ports.get(service) != check.port:
+            if (ports.get(service), hosts) != (check.port, check.hosts):
                 del self._checks[service]
                 _close(check.listeners)
                 log.info("closed health check", service=str(service), port=check.port)
         for service, port in ports.items():
             if service not in self._checks:
-                self._open(service, port)
+                self._open(service, port, hosts)
 
     def sync_endpoints(self, counts: Mapping[ServiceName, int]) -> None:
         """Set the numbers of local ready endpoints; Services that are not named have none."""
@@ -74,11 +77,10 @@ class ServiceHealthChecks:
         """Port and number of local ready endpoints of each open health check."""
         return {service: (check.port, check.local_endpoints) for service, check in self._checks.items()}
 
-    def _open(self, service: ServiceName, port: int) -> None:
-        check = _Check(port, [])
+    def _open(self, service: ServiceName, port: int, hosts: tuple[str, ...]) -> None:
+        check = _Check(port, hosts, [])
         handler = self._handler(service, check)
-        chosen = self._addresses()
-        for host in self._all if chosen is None else chosen:
+        for host in hosts:
             try:
                 check.listeners.append(self._server.listen(ListenAddress(host, port, self._network), handler))
             except OSError as error:

@@ -466,6 +466,8 @@ def test_slices_that_an_api_server_would_refuse(tmp_path: Path, body: str, error
         ("a: !!int foo", "document 1: a value cannot be read: invalid literal for int() with base 10: 'foo'"),
         ("a: !!bool foo", "document 1: a value cannot be read: KeyError: 'foo'"),
         ("a: !!timestamp foo", "document 1: a value cannot be read: AttributeError: "),
+        ("a: !!set [b]", "document 1: a value cannot be read: TypeError: "),
+        ("a: !!float " + "1:" * 400 + "1", "document 1: a value cannot be read: OverflowError: "),
         ("a: " + "9" * 5000, "document 1: a value cannot be read: Exceeds the limit (4300 digits)"),
     ],
 )

@@ -23,12 +23,12 @@ class Checks(ServiceHealthChecks):
     """Health checks with what they are told and what they tell."""
 
     def __init__(self, server, family=Family.IPv4, addresses=None):
-        self.proxy_healthy = True
+        self.proxy_healthy, self.addresses = True, addresses
         self.failures: list[tuple[ServiceName, int, int]] = []
         super().__init__(
             server,
             family,
-            lambda: addresses,
+            lambda: self.addresses,
             proxy_healthy=lambda: self.proxy_healthy,
             listen_failed=lambda service, port, error: self.failures.append((service, port, error.errno)),
         )
@@ -81,6 +81,16 @@ def test_two_services_may_swap_their_ports_in_one_sync(checks):
     assert checks.failures == []
     assert json.loads(request(30001).body)["service"]["name"] == "db"
     assert json.loads(request(30002).body)["service"]["name"] == "web"
+
+
+def test_ports_move_with_the_nodes_addresses(server):
+    checks = Checks(server, addresses=("127.0.0.2",))
+    checks.sync_services({WEB: 30999})
+    assert refused(30999)
+    checks.addresses = ("127.0.0.2", "127.0.0.1")
+    checks.sync_services({WEB: 30999})
+    assert request(30999).status == 503
+    assert checks.failures == []
 
 
 def test_a_service_that_stays_is_not_interrupted(checks):

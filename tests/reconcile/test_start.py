@@ -98,7 +98,7 @@ def test_health_check_ports_are_open_only_where_node_ports_are(here: OneNode):
     policy = {"externalTrafficPolicy": "Local", "healthCheckNodePort": 30999}
     here.api.put_all([*web(), service("shop", "10.96.0.20", type="LoadBalancer", **policy)])
     here.started("--nodeport-addresses=primary")
-    assert here.host.get("http://192.168.0.2:30999/").status == 503
+    eventually(lambda: here.host.get("http://192.168.0.2:30999/").status == 503, "it is open")
     with pytest.raises(ConnectionRefusedError):
         here.host.get("http://127.0.0.1:30999/")
 
