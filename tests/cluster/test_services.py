@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 
 import pytest
@@ -99,6 +100,11 @@ def test_a_service_without_endpoints_refuses_at_once_until_it_has_one(cluster: C
     node_port_url = f"http://{cluster.nodes[0].ipv4}:{NODE_PORT}/"
     fails_as(client, URL, NoAnswer.REFUSED)
     fails_as(cluster.client, node_port_url, NoAnswer.REFUSED)
+
+    begin = time.monotonic()
+    assert try_once(client, URL) is NoAnswer.REFUSED
+    assert try_once(cluster.client, node_port_url) is NoAnswer.REFUSED
+    assert time.monotonic() - begin < 0.5
 
     web_pods(cluster, 0)
     settle(client, URL, {"web-0"})

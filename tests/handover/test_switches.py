@@ -14,7 +14,7 @@ from kproxy.config.v1alpha1 import ProxyMode
 from kproxy.model import Family
 from tests.handover.connections import Traffic, Way
 from tests.handover.stage import EMPTY, EMPTY_NODE_PORT, ROUTE_LOCALNET, WEB, WEB_NODE_PORT, Stage
-from tests.lab.traffic import NoAnswer, fails_as
+from tests.lab.traffic import NoAnswer, try_once
 
 IPTABLES, NFTABLES = ProxyMode.IPTABLES, ProxyMode.NFTABLES
 LASTING = 50  # on each of four ways
@@ -59,7 +59,7 @@ def test_no_connection_fails_in_a_switch(stage: Stage, before: Before, old: Prox
     for stream in traffic.streams:
         assert stream.answers.keys() == {pod.name for pod in stage.pods}
     for way in (Way(stage.visitor, EMPTY[Family.IPv4], 80), Way(stage.client, stage.node.ipv4, EMPTY_NODE_PORT)):
-        fails_as(way.client, way.url, NoAnswer.REFUSED)
+        assert try_once(way.client, way.url) is NoAnswer.REFUSED
     assert stage.others_are_untouched()
     localnet = stage.node.exec("cat", f"/proc/sys/{ROUTE_LOCALNET}").strip()
     assert localnet == str(int(new is IPTABLES))

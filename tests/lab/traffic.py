@@ -66,10 +66,7 @@ def settle(host: Host, url: str, pods: set[str], *, seconds: float = 10.0) -> fl
 
 
 def fails_as(host: Host, url: str, how: NoAnswer, *, seconds: float = 10.0) -> None:
-    """Wait until a new connection fails in this way, at once unless that is silence. Raises AssertionError.
-
-    More than one is tried: the kernel may lose an ICMP error, and then a client tries again after a second.
-    """
+    """Wait until new connections fail in this way. Raises AssertionError."""
     patience = SILENCE_SECONDS if how is NoAnswer.SILENCE else _LOOK_SECONDS
     eventually(lambda: try_once(host, url, patience=patience) is how, f"{url} ends in {how.value}", seconds=seconds)
 
