@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 from kproxy.dataplane.iptables.commands import Variant
-from tests.lab.cluster import Cluster
+from tests.lab.cluster import Cluster, Node
 from tests.lab.proxy import HINT
 from tests.lab.proxy_process import ProxyProcess
+from tests.lab.waiting import eventually
 
 # These say something about how rules are written: they are run in iptables mode, too, in this variant.
 ALSO_IN_IPTABLES_MODE = {
@@ -46,8 +47,14 @@ def shared_cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
         yield cluster
 
 
+@pytest.fixture(scope="session")
+def nothing(shared_cluster: Cluster) -> list[list[str]]:
+    """The rules of each node while there are no Services."""
+    return [rules(node) for node in shared_cluster.nodes]
+
+
 @pytest.fixture
-def cluster(shared_cluster: Cluster) -> Iterator[Cluster]:
+def cluster(shared_cluster: Cluster, nothing: list[list[str]]) -> Iterator[Cluster]:
     """Three nodes with a kproxy each, and nothing else."""
     yield shared_cluster
     shared_cluster.clear()
@@ -56,6 +63,16 @@ def cluster(shared_cluster: Cluster) -> Iterator[Cluster]:
             proxy.start()
             proxy.wait_until_synced()
         print(f"--- {proxy.log.name}\n{proxy.log_end()}")  # pytest shows it where a test has failed
+    # Tests use the same addresses: rules that lag behind would give the next one's connections to pods that are going.
+    for node, empty in zip(shared_cluster.nodes, nothing, strict=True):
+        eventually(lambda node=node, empty=empty: rules(node) == empty, f"{node} has no rules of the test left")
+
+
+def rules(node: Node) -> list[str]:
+    """What netfilter holds on a node, of every kind, without counters."""
+    saved = [line for name in ("iptables", "ip6tables") for line in node.exec(f"{name}-legacy-save").splitlines()]
+    listed = node.exec("nft", "--stateless", "list", "ruleset").splitlines()
+    return sorted(listed) + sorted(line for line in saved if line.startswith("-A"))
 
 
 def proxies(cluster: Cluster) -> list[ProxyProcess]:
