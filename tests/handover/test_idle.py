@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kproxy.config.v1alpha1 import ProxyMode
 from kproxy.dataplane.iptables.commands import Variant
+from kproxy.modes.remains import FIRST_LOOK_SECONDS
 from tests.handover.stage import Stage
 from tests.lab.waiting import eventually
 
@@ -38,7 +39,8 @@ def woken_in(seconds: float, *processes: int) -> list[dict[str, int]]:
 def test_nothing_wakes_up_but_the_look_at_legacy_tables(tmp_path: Path):
     with Stage(Variant.NFT, tmp_path / "nft") as nft, Stage(Variant.LEGACY, tmp_path / "legacy") as legacy:
         processes = [stage.started(ProxyMode.IPTABLES).pid for stage in (nft, legacy)]
-        eventually(lambda: list(map(len, woken_in(1.2, *processes))) == [0, 1], "they have settled", seconds=20)
+        time.sleep(FIRST_LOOK_SECONDS)  # for what other modes left; the next one comes after twice that time
+        eventually(lambda: list(map(len, woken_in(1.2, *processes))) == [0, 1], "they have settled", seconds=10)
         woken, looked = woken_in(SECONDS, *processes)
 
     assert woken == {}
