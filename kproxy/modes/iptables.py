@@ -65,7 +65,7 @@ class Iptables:
         self._period = mode_settings(configuration, ProxyMode.IPTABLES).sync_period.seconds
         self._sized: list[Observer] = []
         try:
-            strangers = variant.contents(chosen.other, families).ours
+            strangers = variant.ours(chosen.other, families)
         except UnsupportedError:  # which has been told
             strangers = []
         if strangers:

@@ -18,7 +18,7 @@ from kproxy.dataplane.iptables import describe as iptables_describe
 from kproxy.dataplane.iptables.commands import Variant
 from kproxy.dataplane.iptables.entries import BlockKey, ChainKey, JumpKey
 from kproxy.dataplane.iptables.kernel import IptablesKernel
-from kproxy.dataplane.iptables.variant import contents, find, legacy_tables
+from kproxy.dataplane.iptables.variant import chains, find, legacy_tables, ours
 from kproxy.dataplane.ipvs import cleanup as ipvs_cleanup
 from kproxy.dataplane.ipvs import describe as ipvs_describe
 from kproxy.dataplane.ipvs import device
@@ -132,7 +132,7 @@ def _localhost(families: Sequence[Family]) -> Remains | None:
     """The setting that node ports on localhost took; a proxy in iptables mode is who needs that."""
     if Family.IPv4 not in families or not sysctl.current(localhost.ROUTE_LOCALNET.path):
         return None
-    used = [variant for variant in Variant if contents(variant, families).ours]
+    used = [variant for variant in Variant if ours(variant, families)]
     if not any(localhost.is_guarded(IptablesKernel([Family.IPv4], v, guards_localhost=True).read()) for v in used):
         return None
     if any(map(_others_need_localnet, Variant)):
@@ -171,7 +171,7 @@ def _iptables(variant: Variant, families: Sequence[Family], ipvs_mode_comes: boo
 def _families_of_ipvs(variant: Variant, families: Sequence[Family]) -> list[Family]:
     # What guards the device may be all that is left of it.
     own = OWN - ipvs_cleanup.GUARDS
-    held = {family for family, *where in contents(variant, families).chains if tuple(where) in own}
+    held = {family for family, *where in chains(variant, families) if tuple(where) in own}
     return [family for family in families if family in held]
 
 
@@ -195,7 +195,7 @@ def in_place(families: Sequence[Family]) -> ProxyMode | None:
         try:
             if _families_of_ipvs(variant, families):
                 return ProxyMode.IPVS
-            if contents(variant, families).ours:
+            if ours(variant, families):
                 return ProxyMode.IPTABLES
         except UnsupportedError:  # whoever needs that variant will say so
             continue

@@ -98,12 +98,12 @@ except OSError as error: print(error)
 def test_the_other_variants_leftovers_are_reported_and_kubelets_chains_are_not(open_host: OpenHost) -> None:
     host = open_host(Variant.LEGACY)
     host.iptables("-t", "mangle", "-N", "KUBE-KUBELET-CANARY")
-    assert host.netns.run(variants.contents, Variant.LEGACY, BOTH).ours == []
+    assert host.netns.run(variants.ours, Variant.LEGACY, BOTH) == []
     host.bring_to(entries())
-    ours = host.netns.run(variants.contents, Variant.LEGACY, BOTH).ours
+    ours = host.netns.run(variants.ours, Variant.LEGACY, BOTH)
     assert (Family.IPv6, "nat", "KUBE-SERVICES") in ours
     assert not any("KUBELET" in chain or chain == "KUBE-FIREWALL" for _, _, chain in ours)
-    assert host.netns.run(variants.contents, Variant.NFT, BOTH).ours == []
+    assert host.netns.run(variants.ours, Variant.NFT, BOTH) == []
 
 
 def test_clean_up_takes_all_that_is_ours_in_both_variants_and_nothing_else(open_host: OpenHost) -> None:

@@ -13,13 +13,13 @@ from kproxy.dataplane.iptables.commands import Variant
 from kproxy.dataplane.iptables.describe import describe
 from kproxy.dataplane.iptables.entries import EXISTS, ChainKey, is_kubelets
 from kproxy.dataplane.iptables.kernel import IptablesKernel
-from kproxy.dataplane.iptables.variant import contents
+from kproxy.dataplane.iptables.variant import ours
 from kproxy.model import Family
 
 
 def leftovers(variant: Variant, families: Sequence[Family]) -> list[Change]:
     """What is to be removed of one variant. Changes nothing. Raises UnsupportedError and OSError."""
-    if not contents(variant, families).ours:
+    if not ours(variant, families):
         return []
     if absent := commands.missing(variant, families):
         raise UnsupportedError(

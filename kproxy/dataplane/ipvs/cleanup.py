@@ -26,7 +26,7 @@ from kproxy.dataplane.iptables.entries import EXISTS, ChainKey, JumpKey
 from kproxy.dataplane.iptables.names import Table
 from kproxy.dataplane.iptables.refusal import RefusedError
 from kproxy.dataplane.iptables.rule import Conntrack, Jump, OpaqueRule, Rule, SetMark, SetMatch
-from kproxy.dataplane.iptables.variant import contents
+from kproxy.dataplane.iptables.variant import chains
 from kproxy.dataplane.ipvs import device, ipset, names, tables
 from kproxy.dataplane.ipvs.addresses import usable
 from kproxy.dataplane.ipvs.describe import describe
@@ -63,7 +63,7 @@ def rules_left(variant: Variant, families: Sequence[Family], *, iptables_mode_co
 
     `iptables_mode_comes`: it is in place, or will be before they are removed.
     """
-    held = contents(variant, families).chains
+    held = chains(variant, families)
     ours = {family for family, table, chain in held if (table, chain) in _OWN}
     if not ours:
         return []
