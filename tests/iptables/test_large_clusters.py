@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from kproxy.dataplane.iptables.commands import Variant, save, sections
+from kproxy.model import Family
 from tests.lab.waiting import eventually
 from tests.reconcile.conftest import here
 from tests.reconcile.objects import endpoints, service, web
@@ -14,10 +16,10 @@ MANY = endpoints("many", *(f"10.9.{n >> 8}.{n & 255}" for n in range(999)))
 
 def comments_of_web(here: OneNode) -> bool:
     """Whether the rules of the endpoints of Service web have comments."""
-    lines = here.host.exec("iptables-nft-save", "-t", "nat").splitlines()
-    rules = [line for line in lines if line.startswith("-A KUBE-SEP-") and "10.0.0.1" in line]
+    read = sections(here.host.namespace.run(save, Variant.NFT, Family.IPv4, ["nat"]))
+    rules = [rule for _, chain, rule in read if rule and chain.startswith("KUBE-SEP-") and "10.0.0.1" in rule]
     assert len(rules) == 2, rules
-    (commented,) = {"--comment" in line for line in rules}
+    (commented,) = {"--comment" in rule for rule in rules}
     return commented
 
 

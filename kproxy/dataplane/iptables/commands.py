@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
 from typing import NamedTuple, cast
@@ -15,6 +17,9 @@ from kproxy.dataplane.iptables.xtables_lock import WAIT_SECONDS
 from kproxy.model import Family
 
 _ESCAPED = re.compile(r"\\.", re.DOTALL)
+_BEGINNING = re.compile(r"^[*:]\S+", re.MULTILINE)
+_READ_ATTEMPTS = 20
+_READ_PAUSE_SECONDS = 0.05
 _INCOMPATIBLE = re.compile(r"^# Table `(\w+)' is incompatible", re.MULTILINE)
 
 
@@ -55,9 +60,13 @@ def version(variant: Variant, family: Family) -> str:
 
 def save(variant: Variant, family: Family, tables: Iterable[Table] | None = None) -> str:
     """What iptables-save prints of tables; all that there are unless told. Raises OSError."""
+    selections = [["--table", table] for table in tables] if tables is not None else [[]]
+    return "".join(_saved(variant, family, selection) for selection in selections)
+
+
+def _saved(variant: Variant, family: Family, selection: list[str]) -> str:
     name = program(variant, family, "save")
-    texts = []
-    for selection in [["--table", table] for table in tables] if tables is not None else [[]]:
+    for _ in range(_READ_ATTEMPTS):
         done = _run([name, *selection])
         if done.returncode:
             needed = " (it takes CAP_NET_ADMIN and CAP_NET_RAW)" if "Permission denied" in done.stderr else ""
@@ -68,8 +77,29 @@ def save(variant: Variant, family: Family, tables: Iterable[Table] | None = None
                 raise OSError(
                     f"{name}: table {table} holds what iptables cannot understand; see nft list table {word} {table}"
                 )
-        texts.append(done.stdout)
-    return "".join(texts)
+        if not _is_torn(done.stdout):
+            return done.stdout
+        time.sleep(_READ_PAUSE_SECONDS)
+    raise OSError(errno.EAGAIN, f"{name}: what it prints has chains twice, again and again")
+
+
+def _is_torn(saved: str) -> bool:
+    """Whether a chain is there twice.
+
+    That is how nf_tables lists them while it carries out a large commit, with all their rules each time.
+    """
+    seen: set[str] = set()
+    for begin in _BEGINNING.findall(saved):
+        if begin.startswith("*"):
+            seen.clear()
+        elif begin in seen:
+            break
+        seen.add(begin)
+    else:
+        return False
+    # Or it is a line of somebody's comment that looks like a chain.
+    chains = [(table, chain) for table, chain, rule in sections(saved) if rule is None]
+    return len(set(chains)) < len(chains)
 
 
 def lines(commits: Iterable[Commit]) -> Iterator[Line]:

@@ -10,6 +10,7 @@ the time. The jumps to our chains tell: all that was counted passed them, and no
 
 from __future__ import annotations
 
+import errno
 import subprocess
 from collections import Counter
 from collections.abc import Generator
@@ -115,30 +116,45 @@ class RuleCounters:
         for attempt in range(1, _ATTEMPTS + 1):
             came = 0
             with closing(_saved(self._variant, family, table)) as saved:
-                for packets, chain, rule in saved:
-                    if (table, chain) in BUILT_IN:  # in legacy tables they come first
-                        came += packets if rule.rpartition(_JUMP)[2].startswith("KUBE-") else 0
-                    elif came < known and attempt < _ATTEMPTS:
-                        break
+                try:
+                    for packets, chain, rule in saved:
+                        if (table, chain) in BUILT_IN:  # in legacy tables they come first
+                            came += packets if rule.rpartition(_JUMP)[2].startswith("KUBE-") else 0
+                        elif came < known and attempt < _ATTEMPTS:
+                            break
+                        else:
+                            yield packets, chain, rule
                     else:
-                        yield packets, chain, rule
-                else:
-                    self._came[family, table] = came
-                    return
+                        self._came[family, table] = came
+                        return
+                except InterruptedError:
+                    if attempt == _ATTEMPTS:
+                        raise
 
 
 def _saved(variant: Variant, family: Family, table: Table) -> Generator[tuple[int, str, str], None, None]:
-    """All rules of a table as iptables-save prints them. Makes no table that there is not."""
+    """All rules of a table as iptables-save prints them. Makes no table that there is not.
+
+    Raises InterruptedError before the first rule if chains are there twice; see `commands.save`.
+    """
     if variant is Variant.LEGACY and table not in legacy_tables(family):
         return
     command = [program(variant, family, "save"), "--counters", "--table", table]
     pipe = subprocess.PIPE
     line, complete = "", False
+    declared: set[str] = set()
+    rules_begun = False
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, errors="replace") as saving:
         for line in saving.stdout or ():
             if line.startswith("["):
                 counters, _, chain, *rule = line.rstrip("\n").split(" ", 3)
                 yield int(counters[1:].partition(":")[0]), chain, rule[0] if rule else ""
+                rules_begun = True
+            elif line.startswith(":") and not rules_begun:  # after that it is a line of somebody's comment
+                begin = line.partition(" ")[0]
+                if begin in declared:
+                    raise InterruptedError(errno.EINTR, f"{command[0]}: a chain is there twice")
+                declared.add(begin)
             complete = complete or line == "COMMIT\n"
         reason = "".join(saving.stderr or ()).strip() or line.strip()
     if saving.returncode or not complete:  # a table that it does not understand is no error to iptables-nft-save
