@@ -66,7 +66,8 @@ class Iptables:
         self._sized: list[Observer] = []
         try:
             strangers = variant.ours(chosen.other, families)
-        except UnsupportedError:  # which has been told
+        except UnsupportedError as error:
+            log.warning("whether the other variant of iptables holds rules of ours cannot be told", reason=str(error))
             strangers = []
         if strangers:
             log.warning(

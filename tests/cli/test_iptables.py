@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,6 +158,22 @@ def test_without_the_programs_of_iptables_one_line_says_what_is_missing(here: On
     assert re.fullmatch(
         r"kproxy: iptables mode: the programs iptables-nft-save.* are missing.*; install iptables\n", done.stderr
     ), done.stderr
+
+
+def test_what_the_other_variant_may_hold_is_told_where_it_cannot_be_looked_at(here: OneNode, tmp_path: Path):
+    here.host.exec("iptables-legacy", "--table", "nat", "--list")  # which makes the table
+    here.host.exec("iptables-nft", "--table", "mangle", "--new-chain", "KUBE-IPTABLES-HINT")
+    path = here.manifests(*web())
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("iptables", "ip6tables"):
+        for action in ("save", "restore"):
+            program = f"{name}-nft-{action}"
+            (programs / program).symlink_to(str(shutil.which(program)))
+    done = here.kproxy("--dry-run", MODE, f"--manifests={path}", through=("/usr/bin/env", f"PATH={programs}"))
+    assert done.returncode == 1
+    assert "whether the other variant of iptables holds rules of ours cannot be told" in done.stderr
+    assert "iptables-legacy-save, iptables-legacy-restore missing" in done.stderr
 
 
 @pytest.mark.parametrize("variant", list(Variant))

@@ -64,8 +64,11 @@ def cluster(shared_cluster: Cluster, nothing: list[list[str]]) -> Iterator[Clust
             proxy.wait_until_synced()
         print(f"--- {proxy.log.name}\n{proxy.log_end()}")  # pytest shows it where a test has failed
     # Tests use the same addresses: rules that lag behind would give the next one's connections to pods that are going.
-    for node, empty in zip(shared_cluster.nodes, nothing, strict=True):
-        eventually(lambda node=node, empty=empty: rules(node) == empty, f"{node} has no rules of the test left")
+    try:
+        eventually(lambda: list(map(rules, shared_cluster.nodes)) == nothing, "the rules of the test have gone")
+    except AssertionError as error:
+        left = [set(rules(node)) ^ set(empty) for node, empty in zip(shared_cluster.nodes, nothing, strict=True)]
+        raise AssertionError(f"{error}; difference on each node: {left}") from None
 
 
 def rules(node: Node) -> list[str]:

@@ -39,7 +39,8 @@ def woken_in(seconds: float, *processes: int) -> list[dict[str, int]]:
 def test_nothing_wakes_up_but_the_look_at_legacy_tables(tmp_path: Path):
     with Stage(Variant.NFT, tmp_path / "nft") as nft, Stage(Variant.LEGACY, tmp_path / "legacy") as legacy:
         processes = [stage.started(ProxyMode.IPTABLES).pid for stage in (nft, legacy)]
-        time.sleep(FIRST_LOOK_SECONDS)  # for what other modes left; the next one comes after twice that time
+        # By then both have looked for what other modes left; the next look comes after twice that time.
+        time.sleep(FIRST_LOOK_SECONDS + 5)
         eventually(lambda: list(map(len, woken_in(1.2, *processes))) == [0, 1], "they have settled", seconds=10)
         woken, looked = woken_in(SECONDS, *processes)
 

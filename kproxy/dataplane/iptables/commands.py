@@ -18,8 +18,8 @@ from kproxy.model import Family
 
 _ESCAPED = re.compile(r"\\.", re.DOTALL)
 _BEGINNING = re.compile(r"^[*:]\S+", re.MULTILINE)
-_READ_ATTEMPTS = 20
-_READ_PAUSE_SECONDS = 0.05
+READ_SECONDS = 10.0
+_READ_PAUSE_SECONDS = 0.02
 _INCOMPATIBLE = re.compile(r"^# Table `(\w+)' is incompatible", re.MULTILINE)
 
 
@@ -33,6 +33,13 @@ class Variant(StrEnum):
     def other(self) -> Variant:
         """The one that is not in use."""
         return Variant.NFT if self is Variant.LEGACY else Variant.LEGACY
+
+
+class TornError(OSError):
+    """What was read is not what there is at any time.
+
+    While nf_tables carries out a large commit, it lists chains twice or oftener, and `iptables-save` prints them so.
+    """
 
 
 class Line(NamedTuple):
@@ -66,7 +73,7 @@ def save(variant: Variant, family: Family, tables: Iterable[Table] | None = None
 
 def _saved(variant: Variant, family: Family, selection: list[str]) -> str:
     name = program(variant, family, "save")
-    for _ in range(_READ_ATTEMPTS):
+    for _ in attempts():
         done = _run([name, *selection])
         if done.returncode:
             needed = " (it takes CAP_NET_ADMIN and CAP_NET_RAW)" if "Permission denied" in done.stderr else ""
@@ -79,15 +86,21 @@ def _saved(variant: Variant, family: Family, selection: list[str]) -> str:
                 )
         if not _is_torn(done.stdout):
             return done.stdout
+        del done
+    raise TornError(errno.EAGAIN, f"{name} prints chains twice, again and again")
+
+
+def attempts(seconds: float = READ_SECONDS) -> Iterator[bool]:
+    """As often as it is worth to read again what was torn, with a pause in between; whether it is the last time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        yield False
         time.sleep(_READ_PAUSE_SECONDS)
-    raise OSError(errno.EAGAIN, f"{name}: what it prints has chains twice, again and again")
+    yield True
 
 
 def _is_torn(saved: str) -> bool:
-    """Whether a chain is there twice.
-
-    That is how nf_tables lists them while it carries out a large commit, with all their rules each time.
-    """
+    """Whether a chain is there twice."""
     seen: set[str] = set()
     for begin in _BEGINNING.findall(saved):
         if begin.startswith("*"):

@@ -13,12 +13,12 @@ from __future__ import annotations
 import errno
 import subprocess
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import NamedTuple
 
 from kproxy.dataplane.iptables import names
-from kproxy.dataplane.iptables.commands import Variant, program
+from kproxy.dataplane.iptables.commands import TornError, Variant, attempts, program
 from kproxy.dataplane.iptables.entries import BUILT_IN
 from kproxy.dataplane.iptables.names import Table
 from kproxy.dataplane.iptables.parse import parse_rule
@@ -29,7 +29,7 @@ from kproxy.model import Family, Frontend, Protocol
 _DNAT = "-j DNAT --to-destination "
 _JUMP = "-j "
 _BALANCED_IN = (names.CLUSTER_POLICY, names.LOCAL_POLICY)
-_ATTEMPTS = 10  # to meet a legacy table that has its counts
+_SECONDS = 1.0  # in which to meet a legacy table that has its counts, or an nf_tables that has no commit in hand
 
 
 class Taken(NamedTuple):
@@ -113,48 +113,52 @@ class RuleCounters:
     def _rules(self, family: Family, table: Table) -> Generator[tuple[int, str, str], None, None]:
         """The rules of our chains in a table: packets, chain, and what follows `-A CHAIN `."""
         known = self._came.get((family, table), 0) if self._variant is Variant.LEGACY else 0
-        for attempt in range(1, _ATTEMPTS + 1):
+        for last in attempts(_SECONDS):
             came = 0
             with closing(_saved(self._variant, family, table)) as saved:
-                try:
-                    for packets, chain, rule in saved:
-                        if (table, chain) in BUILT_IN:  # in legacy tables they come first
-                            came += packets if rule.rpartition(_JUMP)[2].startswith("KUBE-") else 0
-                        elif came < known and attempt < _ATTEMPTS:
-                            break
-                        else:
-                            yield packets, chain, rule
+                for packets, chain, rule in saved:
+                    if (table, chain) in BUILT_IN:  # in legacy tables they come first
+                        came += packets if rule.rpartition(_JUMP)[2].startswith("KUBE-") else 0
+                    elif came < known and not last:
+                        break
                     else:
-                        self._came[family, table] = came
-                        return
-                except InterruptedError:
-                    if attempt == _ATTEMPTS:
-                        raise
+                        yield packets, chain, rule
+                else:
+                    self._came[family, table] = came
+                    return
 
 
 def _saved(variant: Variant, family: Family, table: Table) -> Generator[tuple[int, str, str], None, None]:
-    """All rules of a table as iptables-save prints them. Makes no table that there is not.
-
-    Raises InterruptedError before the first rule if chains are there twice; see `commands.save`.
-    """
+    """All rules of a table as iptables-save prints them. Makes no table that there is not."""
     if variant is Variant.LEGACY and table not in legacy_tables(family):
         return
     command = [program(variant, family, "save"), "--counters", "--table", table]
+    for _ in attempts(_SECONDS):
+        try:
+            yield from _printed(command)
+        except TornError:
+            continue
+        return
+    raise TornError(errno.EAGAIN, f"{' '.join(command)} prints chains twice, again and again")
+
+
+def _printed(command: Sequence[str]) -> Generator[tuple[int, str, str], None, None]:
+    """What the program prints. Raises TornError before anything else, if at all."""
     pipe = subprocess.PIPE
     line, complete = "", False
-    declared: set[str] = set()
-    rules_begun = False
+    chains: set[str] = set()
+    begun = False
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, errors="replace") as saving:
         for line in saving.stdout or ():
             if line.startswith("["):
+                begun = True
                 counters, _, chain, *rule = line.rstrip("\n").split(" ", 3)
                 yield int(counters[1:].partition(":")[0]), chain, rule[0] if rule else ""
-                rules_begun = True
-            elif line.startswith(":") and not rules_begun:  # after that it is a line of somebody's comment
-                begin = line.partition(" ")[0]
-                if begin in declared:
-                    raise InterruptedError(errno.EINTR, f"{command[0]}: a chain is there twice")
-                declared.add(begin)
+            elif line.startswith(":") and not begun:  # after that it is a line of somebody's comment
+                chain = line.partition(" ")[0]
+                if chain in chains:
+                    raise TornError
+                chains.add(chain)
             complete = complete or line == "COMMIT\n"
         reason = "".join(saving.stderr or ()).strip() or line.strip()
     if saving.returncode or not complete:  # a table that it does not understand is no error to iptables-nft-save

@@ -22,14 +22,16 @@ from kproxy.dataplane.iptables.names import SERVICE_PREFIXES, Table
 from kproxy.dataplane.iptables.restore import TABLES
 from kproxy.dataplane.nftables.expressions import NFPROTO
 from kproxy.dataplane.nftables.features import has_tables
-from kproxy.dataplane.nftables.nfnetlink import Msg, NetlinkSocket, parsed, text
+from kproxy.dataplane.nftables.nfnetlink import Msg, NetlinkSocket, parsed, string, text
 from kproxy.model import Family
 from kproxy.netlink import DumpInterruptedError, attribute
 
-KUBELET_HINTS = frozenset({("mangle", "KUBE-IPTABLES-HINT"), ("mangle", "KUBE-KUBELET-CANARY")})
+KUBELET_HINTS = frozenset({"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"})
+_HINTS_TABLE: Table = "mangle"
 _NAMES_OF_TABLES = {Family.IPv4: "ip_tables_names", Family.IPv6: "ip6_tables_names"}
-_TABLE, _CHAIN_NAME, _RULE_CHAIN = 1, 3, 2  # NFTA_CHAIN_TABLE and NFTA_RULE_TABLE, NFTA_CHAIN_NAME, NFTA_RULE_CHAIN
-_READ_ATTEMPTS = 20
+_TABLE = 1  # NFTA_CHAIN_TABLE, NFTA_RULE_TABLE
+_CHAIN_NAME = 3  # NFTA_CHAIN_NAME
+_RULE_CHAIN, _RULE_HANDLE = 2, 3  # NFTA_RULE_*
 _NO_NF_TABLES = frozenset((errno.EINVAL, errno.EOPNOTSUPP))
 _IPTABLES_TABLES = frozenset({*TABLES, "raw", "security"})
 
@@ -72,14 +74,22 @@ def _used(families: Sequence[Family]) -> tuple[Variant, str] | None:
     """The variant that is in use here, and what tells. None: neither, or that cannot be told."""
     try:
         for variant in Variant.NFT, Variant.LEGACY:
-            if any(where[1:] in KUBELET_HINTS for where in chains(variant, families, only="mangle")):
+            if any(_is_kubelets(variant, family) for family in families):
                 return variant, "kubelet uses it"
         rules = sum(rule is not None for family in families for _, _, rule in _legacy(family))
-        if rules and rules > _nft_rules(families):
+        if rules and not _has_nft_rules(families, rules):
             return Variant.LEGACY, "this machine's rules are there"
     except UnsupportedError as error:
         log.warning("what the other variant of iptables holds cannot be told", reason=str(error))
     return None
+
+
+def _is_kubelets(variant: Variant, family: Family) -> bool:
+    """Whether kubelet's chains are there."""
+    if variant is Variant.LEGACY:
+        return any(chain in KUBELET_HINTS for _, chain, _ in _legacy(family, _HINTS_TABLE))
+    with closing(NetlinkSocket()) as socket:
+        return any(_has_nft_chain(socket, family, _HINTS_TABLE, chain) for chain in KUBELET_HINTS)
 
 
 def ours(variant: Variant, families: Sequence[Family]) -> list[Where]:
@@ -87,17 +97,20 @@ def ours(variant: Variant, families: Sequence[Family]) -> list[Where]:
     return sorted(where for where in chains(variant, families) if is_ours(*where[1:]))
 
 
-def chains(variant: Variant, families: Sequence[Family], *, only: Table | None = None) -> set[Where]:
-    """The chains that there are of a variant, in one table or all, without making any.
+def chains(variant: Variant, families: Sequence[Family]) -> set[Where]:
+    """The chains that there are of a variant, without making any.
 
     Raises OSError, and UnsupportedError without the programs that it takes.
     """
+    found: set[Where] = set()
     if variant is Variant.LEGACY:
-        sections = ((family, *section) for family in families for section in _legacy(family, only))
-        return {(family, table, chain) for family, table, chain, rule in sections if rule is None}
+        for family in families:
+            found.update((family, table, chain) for table, chain, rule in _legacy(family) if rule is None)
+        return found
     with closing(NetlinkSocket()) as socket:
-        found = ((family, *where) for family in families for where in _nft_chains(socket, family))
-        return {(family, text(table), text(chain)) for family, table, chain in found if only in (None, text(table))}
+        for family in families:
+            found.update((family, text(table), text(chain)) for table, chain in _nft_chains(socket, family))
+    return found
 
 
 def _legacy(family: Family, only: Table | None = None) -> Iterable[tuple[Table, str, str | None]]:
@@ -118,31 +131,48 @@ def legacy_tables(family: Family) -> list[str]:
         return []
 
 
-def _nft_chains(socket: NetlinkSocket, family: Family) -> list[tuple[bytes, bytes]]:
+def _has_nft_chain(socket: NetlinkSocket, family: Family, table: str, chain: str) -> bool:
+    try:
+        socket.get(Msg.GETCHAIN, NFPROTO[family], string(_TABLE, table) + string(_CHAIN_NAME, chain))
+    except OSError as error:
+        if error.errno == errno.ENOENT or error.errno in _NO_NF_TABLES:
+            return False
+        raise
+    return True
+
+
+def _nft_chains(socket: NetlinkSocket, family: Family) -> list[tuple[bytes, ...]]:
     """Table and chain."""
-    return [(members[_TABLE], members[_CHAIN_NAME]) for members in _dump(socket, Msg.GETCHAIN, family)]
+    return _dump(socket, Msg.GETCHAIN, family, (_TABLE, _CHAIN_NAME))
 
 
-def _nft_rules(families: Sequence[Family]) -> int:
-    """How many rules there are. Asked chain by chain, since the kernel begins anew for every 32 KiB of a long dump."""
-    count = 0
+def _has_nft_rules(families: Sequence[Family], count: int) -> bool:
+    """Whether there are so many. Asked chain by chain: the kernel begins anew for every 32 KiB of a long dump."""
     with closing(NetlinkSocket()) as socket:
         for family in families:
             for table, chain in _nft_chains(socket, family):
                 if text(table) in _IPTABLES_TABLES:
                     where = attribute(_TABLE, table) + attribute(_RULE_CHAIN, chain)
-                    count += len(_dump(socket, Msg.GETRULE, family, where))
-    return count
+                    count -= len(_dump(socket, Msg.GETRULE, family, (_RULE_HANDLE,), where))
+                if count <= 0:
+                    return True
+    return False
 
 
-def _dump(socket: NetlinkSocket, kind: Msg, family: Family, attributes: bytes = b"") -> list[dict[int, bytes]]:
-    for _ in range(_READ_ATTEMPTS):
+def _dump(
+    socket: NetlinkSocket, kind: Msg, family: Family, identity: tuple[int, ...], which: bytes = b""
+) -> list[tuple[bytes, ...]]:
+    """The attributes `identity` of each object; they tell it from the others."""
+    for _ in commands.attempts():
         try:
-            return [parsed(received.attributes) for received in socket.dump(kind, NFPROTO[family], attributes)]
+            found = [parsed(received.attributes) for received in socket.dump(kind, NFPROTO[family], which)]
         except DumpInterruptedError:
             continue
         except OSError as error:
             if error.errno in _NO_NF_TABLES:
                 return []
             raise
-    raise OSError(errno.EAGAIN, "the ruleset was changed again and again while it was read")
+        objects = [tuple(members[kind] for kind in identity) for members in found]
+        if len(set(objects)) == len(objects):
+            return objects
+    raise commands.TornError(errno.EAGAIN, "the ruleset was changed again and again while it was read")
