@@ -46,4 +46,4 @@ def test_nothing_wakes_up_but_the_look_at_legacy_tables(tmp_path: Path):
 
     assert woken == {}
     [looks] = looked.values()
-    assert looks <= 2 * SECONDS
+    assert looks <= 2 * (SECONDS + 1)  # one a second; each may sleep twice
