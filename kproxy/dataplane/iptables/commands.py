@@ -18,7 +18,7 @@ from kproxy.model import Family
 
 _ESCAPED = re.compile(r"\\.", re.DOTALL)
 _BEGINNING = re.compile(r"^[*:]\S+", re.MULTILINE)
-READ_SECONDS = 10.0
+_READ_SECONDS = 10.0
 _READ_PAUSE_SECONDS = 0.02
 _INCOMPATIBLE = re.compile(r"^# Table `(\w+)' is incompatible", re.MULTILINE)
 
@@ -90,7 +90,7 @@ def _saved(variant: Variant, family: Family, selection: list[str]) -> str:
     raise TornError(errno.EAGAIN, f"{name} prints chains twice, again and again")
 
 
-def attempts(seconds: float = READ_SECONDS) -> Iterator[bool]:
+def attempts(seconds: float = _READ_SECONDS) -> Iterator[bool]:
     """As often as it is worth to read again what was torn, with a pause in between; whether it is the last time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -172,7 +172,7 @@ def _dump(
             if error.errno in _NO_NF_TABLES:
                 return []
             raise
-        objects = [tuple(members[kind] for kind in identity) for members in found]
+        objects = [tuple(members[number] for number in identity) for members in found]
         if len(set(objects)) == len(objects):
             return objects
     raise commands.TornError(errno.EAGAIN, "the ruleset was changed again and again while it was read")
