@@ -10,18 +10,10 @@ import pytest
 
 from tests.lab.proxy_process import METRICS_PORT, ProxyProcess
 from tests.lab.waiting import eventually
-from tests.reconcile.objects import NODE, web
+from tests.reconcile.objects import CONFIGURATION, web
 from tests.reconcile.one_node import OneNode
 
 ESTABLISHED = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established"
-HEAD: dict[str, Any] = {
-    "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
-    "kind": "KubeProxyConfiguration",
-    "mode": "nftables",
-    "oomScoreAdj": 0,
-    "conntrack": {"maxPerCore": 0},
-    "hostnameOverride": NODE,
-}
 
 
 class ConfigMap:
@@ -46,7 +38,7 @@ class ConfigMap:
 def config(here: OneNode, **fields: Any) -> str:
     own = {"apiVersion": "kproxy.dev/v1alpha1", "kind": "KproxyConfiguration"}
     own["manifests"] = str(here.folder / "cluster.yaml")
-    return "\n---\n".join(map(json.dumps, ({**HEAD, **fields}, own)))
+    return "\n---\n".join(map(json.dumps, ({**CONFIGURATION, **fields}, own)))
 
 
 def in_force(here: OneNode, field: str) -> Any:
@@ -151,7 +143,7 @@ def test_of_a_change_that_cannot_be_had_nothing_is_done(
 def test_a_change_to_an_api_server_that_is_not_known_is_no_reason_to_end(
     here: OneNode, volume: ConfigMap, running: ProxyProcess
 ) -> None:
-    volume.say(json.dumps(HEAD | {"clientConnection": {"kubeconfig": "/nonexistent"}}))
+    volume.say(json.dumps(CONFIGURATION | {"clientConnection": {"kubeconfig": "/nonexistent"}}))
     eventually(lambda: "kubeconfig /nonexistent: no such file" in running.log.read_text(), "what is missing is told")
     assert running.metric("kproxy_configuration_rejected") == 1
     assert running.running
@@ -163,7 +155,7 @@ def test_an_error_that_nobody_thought_of_does_not_end_the_following(
     """As that of the library that reads kubeconfigs, where a value is not what its tag says."""
     kubeconfig = here.folder / "kubeconfig"
     kubeconfig.write_text('!!int ""')
-    volume.say(json.dumps(HEAD | {"clientConnection": {"kubeconfig": str(kubeconfig)}}))
+    volume.say(json.dumps(CONFIGURATION | {"clientConnection": {"kubeconfig": str(kubeconfig)}}))
     eventually(lambda: running.metric("kproxy_configuration_rejected") == 1, "the rejection is in the metrics")
     assert "IndexError" in running.log.read_text()
 

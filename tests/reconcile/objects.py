@@ -1,4 +1,4 @@
-"""Small Services, their slices and a Node, as the API has them."""
+"""Small Services, their slices and a Node, as the API has them, and a configuration."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ WEB_IP = "10.96.0.10"
 NODE = "here"
 NODE_IPS = ("192.168.0.2", "fd00::c0a8:2")
 DAY = 86400
+CONFIGURATION: Object = {  # what a kproxy on that node needs of a configuration file
+    "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+    "kind": "KubeProxyConfiguration",
+    "mode": "nftables",
+    "oomScoreAdj": 0,
+    "conntrack": {"maxPerCore": 0},
+    "hostnameOverride": NODE,
+}
 
 
 def endpoints(service_name: str, *addresses: str, target: int = 8080, port_name: str = "", number: int = 1) -> Object:

@@ -19,7 +19,7 @@ import pytest
 
 from tests.lab.proxy_process import HEALTHZ_PORT, METRICS_PORT, kproxy_command, kproxy_environment
 from tests.lab.waiting import eventually
-from tests.reconcile.objects import NODE, web
+from tests.reconcile.objects import CONFIGURATION, NODE, web
 from tests.reconcile.one_node import OneNode
 
 SOON = 8.0  # seconds; what is waited for in vain would take 30 or more
@@ -78,18 +78,8 @@ def test_the_first_process_of_a_container_ends_also_while_it_starts(here: OneNod
 def config(here: OneNode, cidr: str, kubeconfig_path: Path | None = None) -> Path:
     """Write the configuration file, at once."""
     client = {"kubeconfig": str(kubeconfig_path)} if kubeconfig_path else {}
-    fields = {
-        "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
-        "kind": "KubeProxyConfiguration",
-        "mode": "nftables",
-        "oomScoreAdj": 0,
-        "conntrack": {"maxPerCore": 0},
-        "hostnameOverride": NODE,
-        "clusterCIDR": cidr,
-        "clientConnection": client,
-    }
     draft = here.folder / "draft"
-    draft.write_text(json.dumps(fields))
+    draft.write_text(json.dumps({**CONFIGURATION, "clusterCIDR": cidr, "clientConnection": client}))
     return draft.rename(here.folder / "config.conf")
 
 
